@@ -1,0 +1,153 @@
+"""The decoder: grouped-query attention with rotary positions, SwiGLU, RMSNorm. Qwen2.5-VL, Qwen2 and Llama alike.
+
+Attention does not know where keys and values are kept. Each layer calls `kv(q, k, v)`: with `causal_attention` it is
+a plain forward pass, with a recorder from `hybridkv` it is the prefill, with a cache it is one decoding step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.config import Config
+from model.rope import inverse_frequencies, prompt_positions, rotate, rotation
+from model.vision import VisionTower
+
+LayerKV = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Prompt(Protocol):
+    """What the model reads; `model.processing.Processor` makes one."""
+
+    input_ids: Tensor  # (T,) placeholders expanded
+    patches: Tensor | None  # (N, patch_dim) of all images and videos, in the order of the prompt
+    grids: list[tuple[int, int, int]]
+    seconds_per_grid: list[float]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token attends to itself and what is before it. q (B, Hq, T, D); k, v (B, H, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        q_dim, kv_dim = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, q_dim, bias=cfg.attention_bias)
+        self.k_proj = nn.Linear(cfg.hidden_size, kv_dim, bias=cfg.attention_bias)
+        self.v_proj = nn.Linear(cfg.hidden_size, kv_dim, bias=cfg.attention_bias)
+        self.o_proj = nn.Linear(q_dim, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: LayerKV) -> Tensor:
+        q, k, v = (
+            rearrange(proj(x), "b t (h d) -> b h t d", d=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = kv(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: LayerKV) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Model(nn.Module):
+    """Token ids and pixels in, logits out. Weights come from `model.from_pretrained`."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.visual = VisionTower(cfg.vision) if cfg.vision else None
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
+        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def embed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """Embeddings (1, T, C) and positions (3, 1, T) of one prompt, visual embeddings in their places."""
+        ids = prompt.input_ids.to(self.device)
+        x = self.embed_tokens(ids)
+        if self.visual is None:
+            if prompt.grids:
+                raise ValueError("this checkpoint is text-only: it can't look at images or videos")
+            return x[None], torch.arange(len(ids), device=self.device).expand(3, 1, -1)
+        cfg, vision = self.cfg, self.cfg.vision
+        positions = prompt_positions(
+            prompt.input_ids.cpu(),
+            cfg.image_token_id,
+            cfg.video_token_id,
+            prompt.grids,
+            prompt.seconds_per_grid,
+            vision.spatial_merge_size,
+            vision.tokens_per_second,
+        ).to(self.device)
+        if prompt.grids:
+            seen = self.visual(prompt.patches.to(self.device), prompt.grids)
+            visual = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
+            x = x.masked_scatter(visual[:, None], seen.to(x.dtype))
+        return x[None], positions[:, None]
+
+    def forward(self, x: Tensor, positions: Tensor, kv: Sequence[LayerKV] | None = None) -> Tensor:
+        """Hidden states of embedded tokens.
+
+        Args:
+            x: (B, T, C) embeddings; a batch of different lengths is padded on the right, where no real token looks.
+            positions: (3, B, T).
+            kv: one callable for each layer; None attends causally and keeps nothing.
+
+        Returns:
+            (B, T, C), normalised, for `logits`.
+        """
+        inv_freq = inverse_frequencies(self.cfg.head_dim, self.cfg.rope_theta, x.device)
+        cos, sin = (t.to(x.dtype) for t in rotation(positions, inv_freq, self.cfg.mrope_section))
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, causal_attention if kv is None else kv[i])
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def prefill(self, prompt: Prompt, kv: Sequence[LayerKV]) -> tuple[Tensor, int]:
+        """Reads one prompt. Returns the logits (1, vocab) of the token after it and that token's position."""
+        x, positions = self.embed(prompt)
+        hidden = self.forward(x, positions, kv)
+        return self.logits(hidden[:, -1]), int(positions.max()) + 1
+
+    def step(self, token: Tensor, position: Tensor, kv: Sequence[LayerKV]) -> Tensor:
+        """One decoding step: tokens (B,) at positions (B,) give logits (B, vocab)."""
+        positions = position[None, :, None].expand(3, -1, -1)  # generated text: all three sections equal
+        return self.logits(self.forward(self.embed_tokens(token)[:, None], positions, kv)[:, -1])
