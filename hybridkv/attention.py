@@ -1,0 +1,80 @@
+"""Attention of a decoding step over the pages of a pool: one FlexAttention call, or its plain twin.
+
+Lanes are the batch; the G query heads of a lane are G query rows. Each lane reads its own list of full pages and its
+one partly filled tail page. The pool is shared: keys and values broadcast over the batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+Q_BLOCK = 128  # query rows a block of the mask stands for; a group is far smaller
+
+
+def attend_pages(
+    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, n_pages: Tensor, tail: Tensor, fill: Tensor, page_size: int
+) -> Tensor:
+    """Attention over each lane's pages.
+
+    Args:
+        q: (L, 1, G, D).
+        keys, values: (1, 1, slots, D), the pool.
+        pages: (L, P) int32 page numbers, of which the first n_pages (L,) int32 are read whole.
+        tail: (L,) int32 page of which slots up to and including fill (L,) int32 are read.
+
+    Returns:
+        (L, 1, G, D). Compiled, only the listed pages are read. Uncompiled, FlexAttention would ignore the lists, so
+        the pages are gathered and attended to densely: same result, more memory.
+    """
+    if not torch.compiler.is_compiling():
+        return attend_gathered(q, keys, values, pages, n_pages, tail, fill, page_size)
+
+    def mask_mod(lane: Tensor, _head: Tensor, _row: Tensor, slot: Tensor) -> Tensor:
+        return (slot // page_size != tail[lane]) | (slot % page_size <= fill[lane])
+
+    lanes, slots = q.shape[0], keys.shape[2]
+    lists = tail_apart(pages, n_pages, tail, slots // page_size) if q.is_cpu else tail_first(pages, n_pages, tail)
+    block_mask = BlockMask.from_kv_blocks(
+        *lists,
+        BLOCK_SIZE=(Q_BLOCK, page_size),
+        mask_mod=mask_mod,
+        seq_lengths=(q.shape[2], slots),
+        compute_q_blocks=False,
+    )
+    assert block_mask.kv_num_blocks.shape[0] == lanes
+    return flex_attention(q, keys, values, block_mask=block_mask)
+
+
+def tail_first(pages: Tensor, n_pages: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """One list of partial blocks, (L, 1, 1) counts and (L, 1, 1, P + 1) pages.
+
+    On GPUs the split-KV kernel divides a lane's own list over its splits only if there is no list of full blocks;
+    with one, it divides the whole pool, and a lane with few pages would run on few splits.
+    """
+    indices = torch.cat((tail[:, None], pages), dim=1)
+    return (n_pages + 1)[:, None, None], indices[:, None, None]
+
+
+def tail_apart(pages: Tensor, n_pages: Tensor, tail: Tensor, pool_pages: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tail as a partial block, the others as full blocks, which skip the mask: faster on CPUs.
+
+    FlexAttention's CPU kernel wants the partial list to be as wide as the pool, though it reads only the first entry
+    of each row here. Rows that overlap, each starting one entry after the one before, make that L times cheaper.
+    """
+    lanes = tail.shape[0]
+    partial = F.pad(tail, (0, pool_pages - 1)).as_strided((lanes, 1, 1, pool_pages), (1, 1, 1, 1))
+    return torch.ones_like(n_pages)[:, None, None], partial, n_pages[:, None, None], pages[:, None, None]
+
+
+def attend_gathered(
+    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, n_pages: Tensor, tail: Tensor, fill: Tensor, page_size: int
+) -> Tensor:
+    """`attend_pages`, the slow and obvious way: copies each lane's slots together and masks the rest."""
+    listed = torch.cat((pages, tail[:, None]), dim=1).long()  # (L, P + 1)
+    offset = torch.arange(page_size, device=q.device)
+    slots = (listed[:, :, None] * page_size + offset).flatten(1)  # (L, S)
+    read = (torch.arange(pages.shape[1], device=q.device) < n_pages[:, None])[:, :, None].expand(-1, -1, page_size)
+    mask = torch.cat((read.flatten(1), offset <= fill[:, None]), dim=1)  # (L, S)
+    k, v = keys[0, 0][slots], values[0, 0][slots]  # (L, S, D)
+    return F.scaled_dot_product_attention(q, k[:, None], v[:, None], attn_mask=mask[:, None, None])

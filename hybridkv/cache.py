@@ -1,0 +1,283 @@
+"""The cache: one page pool for all layers, lanes and sequences, and the tables that say who reads what.
+
+    cache = HybridCache(Capacity.of(plans, new_tokens), prefills, config)
+    cache.load(prefills, plans)
+    out = cache[layer](q, k, v)   # inside the compiled step, for every layer
+    cache.advance(active)         # once at the end of the step
+
+A decoding step only reads and writes tensors of fixed size: nothing depends on a value, so nothing synchronises or
+recompiles, and another prompt is loaded into the same tensors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from hybridkv.attention import attend_pages
+from hybridkv.config import HybridConfig
+from hybridkv.pages import Capacity, lane_tokens, tail_pages
+from hybridkv.plan import SCALARS, Costs, Plan, full_bytes
+from hybridkv.profile import Prefill
+from hybridkv.retrieve import chunk_scores, encode, fit_sketch, pack_sketch, select
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What a loaded cache costs, in bytes, for the prompts of all its sequences unless noted.
+
+    Attributes:
+        full: a plain full cache of the prompts.
+        resident: held on the device: pages taken for the prompts, their sketches, and every other tensor whole.
+        store: the part of `resident` in chunks that a step reads only when it retrieves them.
+        step: read by one decoding step; what the budget bounds.
+        new: pages and sketches taken for generated tokens, on top of `resident`.
+        allocated: all tensors, spare pages included.
+    """
+
+    full: int
+    resident: int
+    store: int
+    step: int
+    new: int
+    allocated: int
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's view of the cache; a decoding step's attention. Lanes are L = B * H, in this order."""
+
+    page_size: int
+    retrieve: int
+    keys: Tensor  # (1, 1, slots, D), as are the values
+    values: Tensor
+    fixed: Tensor  # (L, F) int32, as are all tables and counts
+    n_fixed: Tensor  # (L,)
+    chunks: Tensor  # (L, C)
+    n_chunks: Tensor  # (L,)
+    n_retrieve: Tensor  # (L,)
+    tail: Tensor  # (L,)
+    fill: Tensor  # (L,)
+    sketch: Tensor  # (n_store, rank, page_size) int8
+    row: Tensor  # (L,) row of the three below that belongs to the lane; 0 for a lane without sketch
+    basis: Tensor  # (rows, D, rank)
+    offset: Tensor  # (rows, rank)
+    step: Tensor  # (rows, rank)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends one token's k, v (B, H, 1, D) and attends: q (B, Hq, 1, D) -> (B, Hq, 1, D)."""
+        batch, heads = k.shape[:2]
+        q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=heads).contiguous()
+        self._append(rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"))
+        pages, n_pages = self._pages(q[:, 0])
+        out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, self.page_size)
+        return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=batch)
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        slots = (self.tail * self.page_size + self.fill).long()  # (L,)
+        self.keys.index_copy_(2, slots, k)
+        self.values.index_copy_(2, slots, v)
+        if self.retrieve:
+            z = encode(k[0, 0, :, None], self.basis[self.row], self.offset[self.row], self.step[self.row])[:, 0]  # (L, r)
+            rank = z.shape[1]
+            # A tail page outside the store has no sketch: what would be written goes to the null page.
+            page = torch.where(self.row > 0, self.tail, 0).long()
+            at = (page[:, None] * rank + torch.arange(rank, device=z.device)) * self.page_size + self.fill[:, None]
+            self.sketch.view(-1).index_copy_(0, at.flatten(), z.flatten())
+
+    def _pages(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Pages that this step reads whole: those retrieved for q (L, G, D), then the fixed ones."""
+        if not self.retrieve:
+            return self.fixed, self.n_fixed
+        basis, step = self.basis[self.row], self.step[self.row]
+        scores = chunk_scores(q, self.sketch, self.chunks, self.n_chunks, basis, step)
+        found = self._fetch(select(scores, self.chunks, self.retrieve))
+        column = torch.arange(self.retrieve + self.fixed.shape[1], device=q.device)
+        k = self.n_retrieve[:, None]
+        from_found = found.gather(1, column.clamp(max=self.retrieve - 1).expand(len(q), -1))
+        from_fixed = self.fixed.gather(1, (column - k).clamp(0, self.fixed.shape[1] - 1).long())
+        return torch.where(column < k, from_found, from_fixed), self.n_fixed + self.n_retrieve
+
+    def _fetch(self, pages: Tensor) -> Tensor:
+        """Where the pool holds these store pages. The store is part of the pool, so they are there already."""
+        return pages
+
+
+class HybridCache(nn.Module):
+    """See the module. Sizes follow `capacity`; shapes, dtype and device follow the prefills' keys."""
+
+    def __init__(self, capacity: Capacity, batch: int, like: Prefill):
+        super().__init__()
+        config, key = like.config, like.layers[0].k
+        heads, _, dim = key.shape
+        self.config, self.capacity, self.batch, self.heads = config, capacity, batch, heads
+        self.page_size, self.rank = config.page_size, config.rank(dim)
+        self.costs = Costs.of(config, dim, key.dtype)
+        lanes = (len(like.layers), batch * heads)
+
+        def buffer(name: str, *shape: int, dtype: torch.dtype = torch.int32) -> None:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=key.device), persistent=False)
+
+        slots = capacity.n_pages * self.page_size
+        buffer("keys", 1, 1, slots, dim, dtype=key.dtype)
+        buffer("values", 1, 1, slots, dim, dtype=key.dtype)
+        buffer("fixed", *lanes, capacity.fixed)
+        buffer("chunks", *lanes, max(1, capacity.chunks))
+        for name in ("n_fixed", "n_chunks", "n_retrieve", "tail", "fill", "row"):  # as many as plan.SCALARS
+            buffer(name, *lanes)
+        buffer("next_page", 2)  # the first free page of the store, and of the rest
+        buffer("sketch", capacity.n_store, self.rank, self.page_size, dtype=torch.int8)
+        buffer("basis", capacity.sketches, dim, self.rank, dtype=key.dtype)
+        buffer("offset", capacity.sketches, self.rank, dtype=torch.float32)
+        buffer("step", capacity.sketches, self.rank, dtype=torch.float32)
+        self._loaded: list[Plan] = []
+        self._prompt_pages = (0, 0)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        names = ("fixed", "n_fixed", "chunks", "n_chunks", "n_retrieve", "tail", "fill", "row")
+        return LayerCache(
+            page_size=self.page_size,
+            retrieve=self.capacity.retrieve,
+            keys=self.keys,
+            values=self.values,
+            sketch=self.sketch,
+            basis=self.basis,
+            offset=self.offset,
+            step=self.step,
+            **{name: getattr(self, name)[layer] for name in names},
+        )
+
+    def advance(self, active: Tensor) -> None:
+        """Counts the token that every lane of the active sequences, (B,) bool, just appended.
+
+        A full tail page is closed: it joins the lane's fixed pages, or its chunks if the lane retrieves, and the next
+        free page becomes the tail. A sequence that is not active writes over its last slot until it is replaced.
+        """
+        retrieves = self.row > 0  # (layers, L), as everything here
+        fill = self.fill + active.repeat_interleave(self.heads)
+        closed = fill == self.page_size
+        # Behind the last valid entry of a table lies the tail page, which closing makes valid.
+        n_chunks, n_fixed = self.n_chunks + (closed & retrieves), self.n_fixed + (closed & ~retrieves)
+        tail, taken = self.tail, []
+        for region, closing in enumerate((closed & retrieves, closed & ~retrieves)):
+            nth = closing.flatten().cumsum(0).view_as(closing)
+            tail = torch.where(closing, self.next_page[region] + nth - 1, tail)
+            taken.append(closing.sum())
+        self.next_page.add_(torch.stack(taken))
+        self.fill.copy_(torch.where(closed, 0, fill))
+        self.tail.copy_(tail)
+        self.n_chunks.copy_(n_chunks)
+        self.n_fixed.copy_(n_fixed)
+        self._note_tails()
+
+    def _note_tails(self) -> None:
+        """Writes every lane's tail page behind the last valid entry of its table."""
+        for table, count, ours in ((self.chunks, self.n_chunks, self.row > 0), (self.fixed, self.n_fixed, self.row == 0)):
+            columns = table.shape[2]
+            start = torch.arange(count.numel(), device=table.device) * columns
+            # The other kind's lanes have no use for this table: they get the null page.
+            table.view(-1).index_copy_(
+                0, start + count.flatten().clamp(max=columns - 1), torch.where(ours, self.tail, 0).flatten().int()
+            )
+
+    @torch.no_grad()
+    def load(self, prefills: list[Prefill], plans: list[Plan], new_tokens: int) -> None:
+        """Packs prompts into pages, in place of whatever the cache held. Each prefill's keys and values are freed.
+
+        Args:
+            prefills, plans: one for each sequence of the batch.
+            new_tokens: tokens that may be generated; room for them is checked here.
+        """
+        if len(prefills) != self.batch or len(plans) != self.batch:
+            raise ValueError(f"the cache holds {self.batch} sequences, got {len(prefills)} prefills, {len(plans)} plans")
+        if not self.capacity.covers(Capacity.of(plans, new_tokens)):
+            raise ValueError("these prompts do not fit: make a cache with Capacity.of(plans, new_tokens)")
+        lanes = (self.n_fixed.shape[0], self.batch, self.heads)
+        for name in ("n_fixed", "n_chunks", "n_retrieve", "fill"):
+            value = torch.stack([getattr(plan, name) for plan in plans], dim=1)  # (layers, B, H)
+            getattr(self, name).copy_(value.flatten(1))
+        dynamic = torch.stack([plan.dynamic for plan in plans], dim=1)
+        rows = (dynamic.flatten().cumsum(0) * dynamic.flatten()).view(lanes)  # 1, 2, ... for dynamic lanes
+        fixed, chunks, tail = (torch.zeros_like(t, device="cpu").view(*lanes, -1) for t in (self.fixed, self.chunks, self.tail))
+
+        next_page = [1, self.capacity.n_store]  # of the store, of the rest; page 0 is nobody's
+        for layer in range(lanes[0]):
+            for b, (prefill, plan) in enumerate(zip(prefills, plans, strict=True)):
+                slots = []
+                for h in range(self.heads):
+                    n_chunks, n_fixed = int(plan.n_chunks[layer, h]), int(plan.n_fixed[layer, h])
+                    home = 0 if plan.dynamic[layer, h] else 1  # the tail page, too, can be retrieved one day
+                    stored = torch.arange(next_page[0], next_page[0] + n_chunks)
+                    next_page[0] += n_chunks
+                    always = torch.arange(next_page[1], next_page[1] + n_fixed)
+                    next_page[1] += n_fixed
+                    tail[layer, b, h] = next_page[home]
+                    next_page[home] += 1
+                    chunks[layer, b, h, :n_chunks] = stored
+                    fixed[layer, b, h, :n_fixed] = always
+                    pages = torch.cat((stored, always, tail[layer, b, h]))
+                    lane_slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()
+                    slots.append(lane_slots[: len(lane_slots) - self.page_size + int(plan.fill[layer, h])])
+                self._pack(prefill, plan, layer, slots, rows[layer, b])
+        self.row.copy_(rows.flatten(1))
+        self.fixed.copy_(fixed.flatten(1, 2))
+        self.chunks.copy_(chunks.flatten(1, 2))
+        self.tail.copy_(tail.flatten(1))
+        self.next_page.copy_(torch.tensor(next_page))
+        self._note_tails()
+        self._loaded, self._prompt_pages = list(plans), tuple(next_page)
+
+    def _pack(self, prefill: Prefill, plan: Plan, layer: int, slots: list[Tensor], rows: Tensor) -> None:
+        """Copies one layer of one prompt into its slots and sketches its chunks; forgets the dense keys and values."""
+        profile = prefill.layers[layer]
+        prefill.layers[layer] = None
+        device = self.keys.device
+        tokens = lane_tokens(plan, layer)
+        head = torch.repeat_interleave(torch.arange(self.heads), torch.tensor([len(t) for t in tokens])).to(device)
+        token, slot = torch.cat(tokens).to(device), torch.cat(slots).to(device)
+        self.keys.index_copy_(2, slot, profile.k[head, token][None, None])
+        self.values.index_copy_(2, slot, profile.v[head, token][None, None])
+
+        dynamic = plan.dynamic[layer].nonzero()[:, 0].tolist()
+        if not dynamic:
+            return
+        order = tokens[dynamic[0]].to(device)  # the same for all dynamic lanes of a prompt
+        sketched = order[: plan.lane_chunks * self.page_size]
+        row = rows[dynamic].to(device)
+        keys = profile.k[dynamic]  # (N, T, D)
+        basis, offset, step = fit_sketch(keys[:, sketched], self.rank)
+        self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
+        # The tail page's prompt tokens are sketched too: it becomes a chunk once it is full.
+        z = encode(keys[:, order], self.basis[row], offset, step)
+        for lane, h in enumerate(dynamic):
+            pages = slots[h][: len(sketched) : self.page_size].to(device) // self.page_size
+            self.sketch[pages] = pack_sketch(z[lane, : len(sketched)], self.page_size)
+            if fill := int(plan.fill[layer, h]):
+                self.sketch[int(slots[h][-1]) // self.page_size, :, :fill] = z[lane, -fill:].T
+
+    def count_bytes(self) -> CacheBytes:
+        """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""
+        costs, plans = self.costs, self._loaded
+        first = (1, self.capacity.n_store)  # of the store, of the rest
+        now = self.next_page.tolist()
+        # Tail pages that started empty hold generated tokens only.
+        fresh = [sum(int(((plan.fill == 0) & kind(plan)).sum()) for plan in plans) for kind in (lambda p: p.dynamic, lambda p: ~p.dynamic)]
+        prompt = [at - start - new for at, start, new in zip(self._prompt_pages, first, fresh, strict=True)]
+        generated = [end - at + new for end, at, new in zip(now, self._prompt_pages, fresh, strict=True)]
+
+        def pages(count: list[int]) -> int:
+            return count[0] * (costs.page + costs.sketch) + count[1] * costs.page
+
+        pooled = ("keys", "values", "sketch")
+        tables = sum(t.nbytes for name, t in self.named_buffers() if name not in pooled)
+        null_page = costs.page + costs.sketch
+        lanes = self.n_fixed.shape[0] * self.heads
+        return CacheBytes(
+            full=sum(full_bytes(plan.tokens, lanes, costs, self.page_size) for plan in plans),
+            resident=pages(prompt) + null_page + tables,
+            store=sum(int((plan.n_chunks - plan.n_retrieve).sum()) for plan in plans) * costs.page,
+            step=sum(plan.step_bytes(costs) for plan in plans),
+            new=pages(generated),
+            allocated=sum(t.nbytes for t in self.buffers()),
+        )

@@ -1,0 +1,62 @@
+"""Every choice of the method, in one place. Defaults come from measurements on trained models (see README)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """How a prompt's cache is compressed.
+
+    Attributes:
+        budget: bytes that one decoding step needs of the prompt's cache, as a share of the full cache's bytes:
+            kept tokens, retrieved chunks, key sketches, tables and page rounding, all charged. 1.0 keeps everything.
+        page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
+        dynamic_share: share of KV heads, over all layers, that are dynamic. None decides by `threshold` instead.
+        threshold: with `dynamic_share=None`, a head is static when at least this share of its attention is settled
+            once the prompt is read (see `classify.settled_share`). The paper's fixed threshold is 0.9.
+        dynamic_weight: pages of a dynamic head for each page of a static head (the paper's coefficient between types).
+        sketch_rank: dimensions of the int8 key sketch; None takes a quarter of head_dim.
+        window: the prompt's last text queries that the profile looks at.
+        top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
+        pool: width of the max-pooling over neighbouring tokens' scores before static heads are pruned; odd.
+        sinks: first tokens of the prompt that every head keeps.
+        recent: last tokens of the prompt that every head keeps.
+    """
+
+    budget: float = 0.1
+    page_size: int = 16
+    dynamic_share: float | None = 0.5
+    threshold: float = 0.9
+    dynamic_weight: float = 1.0
+    sketch_rank: int | None = None
+    window: int = 32
+    top_share: float = 0.1
+    pool: int = 15
+    sinks: int = 4
+    recent: int = 16
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, message: str) -> None:
+            if not ok:
+                raise ValueError(message)
+
+        check(0 < self.budget <= 1, f"budget must lie in (0, 1], got {self.budget}")
+        # FlexAttention's smallest block on GPUs is 16, and blocks must be powers of two.
+        power = self.page_size >= 16 and self.page_size & (self.page_size - 1) == 0
+        check(power, f"page_size must be a power of two from 16 on, got {self.page_size}")
+        share = self.dynamic_share
+        check(share is None or 0 <= share <= 1, f"dynamic_share must lie in [0, 1] or be None, got {share}")
+        check(0 <= self.threshold <= 1, f"threshold must lie in [0, 1], got {self.threshold}")
+        check(self.dynamic_weight > 0, f"dynamic_weight must be positive, got {self.dynamic_weight}")
+        check(self.sketch_rank is None or self.sketch_rank > 0, f"sketch_rank must be positive, got {self.sketch_rank}")
+        check(self.window > 0, f"window must be positive, got {self.window}")
+        check(0 < self.top_share <= 1, f"top_share must lie in (0, 1], got {self.top_share}")
+        check(self.pool > 0 and self.pool % 2 == 1, f"pool must be odd and positive, got {self.pool}")
+        check(self.sinks >= 0 and self.recent >= 0, "sinks and recent can't be negative")
+
+    def rank(self, head_dim: int) -> int:
+        """Dimensions of the key sketch for keys of `head_dim`."""
+        rank = self.sketch_rank or max(1, head_dim // 4)
+        if rank > head_dim:
+            raise ValueError(f"sketch_rank {rank} is above head_dim {head_dim}")
+        return rank

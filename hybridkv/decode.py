@@ -1,0 +1,267 @@
+"""Decoding: one compiled graph for every token, from the embedding to the next token's number.
+
+`Engine` ties it together: prefill, plan, load, then `decode_step` over and over. It works with any model that has
+
+    prefill(prompt, kv) -> logits (1, V), next position     and     step(token, position, kv) -> logits (B, V)
+
+where prompts have `input_ids` (T,) and `prunable` (T,), and `kv[layer](q, k, v)` is a layer's attention.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hybridkv.cache import CacheBytes, HybridCache
+from hybridkv.config import HybridConfig
+from hybridkv.dense import DenseCache
+from hybridkv.pages import Capacity, bucket
+from hybridkv.plan import Plan, full_plan, hybrid_plan
+from hybridkv.profile import Prefill
+
+POLICIES = ("hybrid", "full", "dense")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the likeliest; seeds count up over the batch."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature can't be negative, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
+    """Draws from the smallest set of tokens whose probability reaches `top_p`.
+
+    Inverse transform sampling: the randomness comes in as numbers, so that compiled and uncompiled draw the same.
+
+    Args:
+        logits: (B, V). temperature, top_p: scalars. noise: (B,) uniform in [0, 1).
+
+    Returns:
+        (B,) int64.
+    """
+    p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    before = p.cumsum(-1) - p  # probability of the tokens that are likelier
+    p = p.where(before < top_p, 0.0)  # never empties: the first token has nothing before it
+    cumulative = p.cumsum(-1)
+    at = (cumulative < noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    return token.gather(1, at.clamp(max=logits.shape[-1] - 1))[:, 0]
+
+
+class DecodeState(nn.Module):
+    """What a step reads and writes beside the cache. Buffers, so that CUDA graphs can keep their addresses."""
+
+    def __init__(self, batch: int, new_tokens: int, eos: Sequence[int], device: torch.device):
+        super().__init__()
+
+        def buffer(name: str, value: Tensor) -> None:
+            self.register_buffer(name, value.to(device), persistent=False)
+
+        buffer("token", torch.zeros(batch, dtype=torch.int64))
+        buffer("position", torch.zeros(batch, dtype=torch.int64))
+        buffer("active", torch.zeros(batch, dtype=torch.bool))
+        buffer("count", torch.zeros(1, dtype=torch.int64))  # tokens chosen so far
+        buffer("noise", torch.zeros(new_tokens, batch))
+        buffer("temperature", torch.ones(()))
+        buffer("top_p", torch.ones(()))
+        buffer("eos", torch.tensor(eos or [-1]))
+
+    def choose(self, logits: Tensor, greedy: bool) -> Tensor:
+        """The next token (B,), which becomes the current one; a sequence that reaches its end is no longer active."""
+        if greedy:
+            token = logits.argmax(-1)
+        else:
+            token = sample(logits, self.temperature, self.top_p, self.noise.index_select(0, self.count)[0])
+        self.active.logical_and_((token[:, None] != self.eos).all(-1))
+        self.token.copy_(token)
+        self.count.add_(1)
+        return token
+
+
+def decode_step(model: nn.Module, cache: HybridCache | DenseCache, state: DecodeState, greedy: bool) -> Tensor:
+    """One token for every sequence: (B,) int64. The whole of it is one graph."""
+    logits = model.step(state.token, state.position, cache)
+    cache.advance(state.active)
+    state.position.add_(state.active)
+    return state.choose(logits, greedy)
+
+
+@dataclass
+class Result:
+    """One sequence's answer; the engine's timings and bytes are those of the whole batch."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finished: bool = False  # ended by itself, not by the limit
+
+
+@dataclass
+class Stats:
+    """What a generation cost.
+
+    Attributes:
+        static_heads, dynamic_heads: KV heads over all layers and sequences.
+        attended_tokens: prompt tokens that a step reads, mean over heads and sequences.
+        ttft_s: from the start to the first token, prefill, plan and compression included.
+        compile_s: the first decoding step beyond the time of a later one; 0 when nothing was compiled.
+        ms_per_token: median milliseconds of a decoding step after the first.
+    """
+
+    static_heads: int = 0
+    dynamic_heads: int = 0
+    attended_tokens: float = 0.0
+    bytes: CacheBytes | None = None
+    ttft_s: float = 0.0
+    compile_s: float = 0.0
+    ms_per_token: float | None = None
+
+
+class Engine:
+    """Generates with one model and one policy; keeps its cache and compiled step from prompt to prompt.
+
+    Args:
+        model: see the module.
+        config: how to compress.
+        policy: `hybrid`; `full`, everything kept, on the same pages; `dense`, everything kept, SDPA on plain tensors.
+        eos: token ids that end an answer.
+        compile: False runs the same step uncompiled, with the same tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: HybridConfig | None = None,
+        policy: str = "hybrid",
+        eos: Sequence[int] = (),
+        compile: bool = True,
+    ):
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        self.model, self.config, self.policy, self.eos = model, config or HybridConfig(), policy, tuple(eos)
+        self.cache: HybridCache | DenseCache | None = None
+        self.state: DecodeState | None = None
+        self.stats = Stats()
+        self._step = decode_step
+        if compile:
+            mode = "reduce-overhead" if next(model.parameters()).is_cuda else None
+            self._step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode=mode)
+
+    def prefill(self, prompts: Sequence, on_prefill: Callable[[int], None] | None = None) -> tuple[list[Prefill], Tensor, list[int]]:
+        """Reads the prompts one by one: their records, the next token's logits (B, V) and positions."""
+        prefills, logits, positions = [], [], []
+        for prompt in prompts:
+            prefills.append(Prefill(prompt.prunable, self.config))
+            last, position = self.model.prefill(prompt, prefills[-1])
+            logits.append(last)
+            positions.append(position)
+            if on_prefill:
+                on_prefill(len(prefills))
+        return prefills, torch.cat(logits), positions
+
+    def load(self, prefills: list[Prefill], new_tokens: int) -> None:
+        """Plans and packs the prompts; makes a new cache only if the last one can't hold them."""
+        batch = len(prefills)
+        if self.policy == "dense":
+            slots = max(len(p.prunable) for p in prefills) + new_tokens
+            if not self.cache or self.cache.slots < slots or len(self.cache.length) != batch:
+                self.cache = DenseCache(slots, batch, prefills[0])
+            self._count_heads([full_plan(p) for p in prefills])
+            self.cache.load(prefills, new_tokens)
+            return
+        plans = [(hybrid_plan if self.policy == "hybrid" else full_plan)(p) for p in prefills]
+        capacity = Capacity.of(plans, new_tokens)
+        if not self.cache or self.cache.batch != batch or not self.cache.capacity.covers(capacity):
+            self.cache = None  # free the old pool before the new one is made
+            self.cache = HybridCache(capacity, batch, prefills[0])
+        self.cache.load(prefills, plans, new_tokens)
+        self._count_heads(plans)
+
+    def _count_heads(self, plans: list[Plan]) -> None:
+        dynamic = torch.stack([plan.dynamic for plan in plans])
+        self.stats.dynamic_heads = int(dynamic.sum())
+        self.stats.static_heads = dynamic.numel() - self.stats.dynamic_heads
+        self.stats.attended_tokens = float(torch.stack([plan.attended for plan in plans]).double().mean())
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence,
+        max_new_tokens: int | Sequence[int] = 128,
+        sampling: Sampling | None = None,
+        on_prefill: Callable[[int], None] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Generates, yielding one list of B token ids a step; None for a sequence that has ended.
+
+        Args:
+            prompts: B prompts, of any lengths.
+            max_new_tokens: limit for all, or one for each prompt.
+            sampling: default greedy.
+            on_prefill: called after each prompt with how many have been read.
+
+        Raises:
+            BudgetError: the budget can't hold what must be kept.
+        """
+        sampling, batch = sampling or Sampling(), len(prompts)
+        limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if not batch or len(limits) != batch or min(limits) < 1:
+            raise ValueError("stream wants at least one prompt, and at least one new token for each")
+        start, self.stats = time.perf_counter(), Stats()
+        prefills, logits, positions = self.prefill(prompts, on_prefill)
+        self.load(prefills, max(limits))
+        self._reset(logits.device, positions, limits, sampling)
+
+        greedy = sampling.temperature == 0
+        token = self.state.choose(logits, greedy)
+        times, alive = [], list(range(batch))
+        for n in range(max(limits)):
+            token_ids = token.tolist()  # the one place where the host waits
+            if n == 0:
+                self.stats.ttft_s = time.perf_counter() - start
+            else:
+                times.append(time.perf_counter() - begun)
+            yield [token_ids[b] if b in alive else None for b in range(batch)]
+            alive = [b for b in alive if token_ids[b] not in self.eos and n + 1 < limits[b]]
+            if not alive:
+                break
+            begun = time.perf_counter()
+            token = self._step(self.model, self.cache, self.state, greedy)
+        if len(times) > 1:
+            typical = float(torch.tensor(times[1:]).median())
+            self.stats.ms_per_token = typical * 1e3
+            self.stats.compile_s = max(0.0, times[0] - typical)
+        if isinstance(self.cache, HybridCache):
+            self.stats.bytes = self.cache.count_bytes()
+
+    def _reset(self, device: torch.device, positions: list[int], limits: list[int], sampling: Sampling) -> None:
+        batch, rows = len(positions), bucket(max(limits))
+        if not self.state or self.state.noise.shape[1] != batch or self.state.noise.shape[0] < rows:
+            self.state = DecodeState(batch, rows, self.eos, device)
+        state = self.state
+        state.position.copy_(torch.tensor(positions))
+        state.active.fill_(True)
+        state.count.zero_()
+        state.temperature.fill_(sampling.temperature)
+        state.top_p.fill_(sampling.top_p)
+        for b in range(batch):  # a sequence's draws do not depend on the others'
+            generator = torch.Generator().manual_seed(sampling.seed + b)
+            state.noise[:, b].copy_(torch.rand(len(state.noise), generator=generator))
+
+    def generate(self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, sampling: Sampling | None = None) -> list[Result]:
+        """`stream`, gathered: one `Result` for each prompt, end tokens left out."""
+        results = [Result() for _ in prompts]
+        for tokens in self.stream(prompts, max_new_tokens, sampling):
+            for result, token in zip(results, tokens, strict=True):
+                if token in self.eos:
+                    result.finished = True
+                elif token is not None:
+                    result.token_ids.append(token)
+        return results

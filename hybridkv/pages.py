@@ -1,0 +1,79 @@
+"""Where things lie: the page pool's size, and which slot of it holds which token.
+
+The pool is one key and one value tensor of `n_pages * page_size` slots for all layers, lanes and sequences. Page 0 is
+nobody's: padding in tables points to it. Pages below `n_store` are the *store*: chunks of dynamic lanes, each with a
+key sketch under the same number. The others hold what is read at every step.
+"""
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from hybridkv.plan import Plan
+
+
+def bucket(n: int) -> int:
+    """Rounds up to one of eight sizes an octave, so that prompts of similar length share one compiled step."""
+    unit = max(1, 1 << max(0, n.bit_length() - 4))
+    return -(-n // unit) * unit
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Sizes of a cache's tensors; what `torch.compile` specialises on."""
+
+    n_pages: int  # pages in the pool, null page and store included
+    n_store: int  # pages in the store, null page included
+    fixed: int  # columns of the table of fixed pages
+    chunks: int  # columns of the table of chunks
+    retrieve: int  # most chunks that any lane retrieves; 0 leaves retrieval out of the graph
+    sketches: int  # dynamic lanes, and one row for all others
+
+    @classmethod
+    def of(cls, plans: list[Plan], new_tokens: int) -> "Capacity":
+        """What these prompts and `new_tokens` more for each need, rounded up to a bucket."""
+        store, other, fixed, chunks = 1, 0, 0, 0
+        for plan in plans:
+            tails = tail_pages(plan.fill, plan.page_size, new_tokens)
+            store += int((plan.n_chunks + plan.dynamic * tails).sum())
+            other += int((plan.n_fixed + ~plan.dynamic * tails).sum())
+            fixed = max(fixed, int((plan.n_fixed + tails).max()))
+            chunks = max(chunks, int((plan.dynamic * (plan.n_chunks + tails)).max()))
+        retrieve = max(int(plan.n_retrieve.max()) for plan in plans)
+        store, other, chunks, retrieve = (bucket(n) for n in (store, other, chunks, retrieve))
+        sketches = bucket(1 + sum(int(plan.dynamic.sum()) for plan in plans))
+        return cls(store + other, store, bucket(fixed), max(chunks, retrieve), retrieve, sketches)
+
+    def covers(self, other: "Capacity") -> bool:
+        """Whether a cache of this capacity can hold what needs `other`."""
+        regions = self.n_store >= other.n_store and self.n_pages - self.n_store >= other.n_pages - other.n_store
+        return regions and all(a >= b for a, b in zip(astuple(self)[2:], astuple(other)[2:], strict=True))
+
+
+def tail_pages(fill: Tensor | int, page_size: int, new_tokens: int) -> Tensor | int:
+    """Tail pages that a lane takes in all: the one it starts with, and one for each that its new tokens close."""
+    return (fill + new_tokens) // page_size + 1
+
+
+def lane_tokens(plan: Plan, layer: int) -> list[Tensor]:
+    """Which prompt tokens each lane of a layer stores, in the order of its slots: chunks, fixed pages, tail page."""
+    size, device = plan.page_size, plan.order[layer].device if plan.order else torch.device("cpu")
+    prunable = plan.prunable.to(device)
+    everything = torch.arange(plan.tokens, device=device)
+    in_chunks = plan.lane_chunks * size
+    in_tail = plan.tokens % size
+    context = everything[prunable]
+    retrieved = torch.cat((everything[~prunable], context[in_chunks + in_tail :])).sort().values
+    dynamic = torch.cat((context[:in_chunks], retrieved, context[in_chunks : in_chunks + in_tail]))
+    tokens = []
+    for head, (is_dynamic, whole, pages) in enumerate(
+        zip(plan.dynamic[layer].tolist(), plan.whole[layer].tolist(), plan.pages[layer].tolist(), strict=True)
+    ):
+        if is_dynamic:
+            tokens.append(dynamic)
+        elif whole:
+            tokens.append(everything)
+        else:
+            tokens.append(plan.order[layer][head, : pages * size].sort().values)
+    return tokens

@@ -1,0 +1,172 @@
+"""The plan: what every lane (one KV head of one sequence) of a prompt keeps, and what that costs.
+
+A lane is one of three things:
+
+- *whole*: its budget holds the prompt, so it keeps every token;
+- *static*: it keeps the `pages * page_size` tokens that the text points at, and drops the rest;
+- *dynamic*: it keeps everything. Tokens that are not prunable, rounded up to full pages, are *fixed*: read at every
+  step. The prunable rest is cut into chunks of one page, of which a step reads the best `n_retrieve`.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hybridkv.budget import BudgetError, allocate
+from hybridkv.classify import classify
+from hybridkv.config import HybridConfig
+from hybridkv.profile import Prefill
+from hybridkv.prune import keep_order
+
+SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, sketch row
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of the parts of a cache, for one model, dtype and configuration."""
+
+    page: int  # one page of keys and values
+    sketch: int  # the sketch of one chunk
+    basis: int  # a dynamic lane's principal directions, offset and step
+    entry: int = 4  # one page number in a table
+
+    @classmethod
+    def of(cls, config: HybridConfig, head_dim: int, dtype: torch.dtype) -> "Costs":
+        rank = config.rank(head_dim)
+        return cls(
+            page=2 * config.page_size * head_dim * dtype.itemsize,
+            sketch=config.page_size * rank,
+            basis=rank * head_dim * dtype.itemsize + 2 * rank * 4,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the lanes of one prompt keep. All tensors are (layers, H) on the CPU unless noted.
+
+    Attributes:
+        prunable: (T,) bool, the tokens that may be pruned or moved.
+        page_size: tokens in a page.
+        dynamic: lanes that retrieve chunks.
+        pages: prompt pages that a step reads, the partly filled last one included.
+        order: for each layer (H, T), tokens from the most to the least worth keeping; empty when all is kept.
+    """
+
+    prunable: Tensor
+    page_size: int
+    dynamic: Tensor
+    pages: Tensor
+    order: tuple[Tensor, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.prunable.numel()
+
+    @property
+    def whole_pages(self) -> int:
+        """Pages of a lane that keeps everything."""
+        return -(-self.tokens // self.page_size)
+
+    @property
+    def always_pages(self) -> int:
+        """Pages of the tokens that every lane keeps."""
+        return -(-int((~self.prunable).sum()) // self.page_size)
+
+    @property
+    def lane_chunks(self) -> int:
+        """Chunks of a dynamic lane: what is left of the prompt beside its fixed pages, in whole pages."""
+        return max(0, self.tokens - self.always_pages * self.page_size) // self.page_size
+
+    @property
+    def whole(self) -> Tensor:
+        return self.pages >= self.whole_pages
+
+    @property
+    def n_chunks(self) -> Tensor:
+        return self.dynamic * self.lane_chunks
+
+    @property
+    def n_fixed(self) -> Tensor:
+        """Full pages that a step always reads."""
+        fixed = torch.where(self.whole, self.tokens // self.page_size, self.pages)
+        return torch.where(self.dynamic, self.always_pages, fixed)
+
+    @property
+    def fill(self) -> Tensor:
+        """Prompt tokens in the tail page, which new tokens go on filling."""
+        return (self.whole | self.dynamic) * (self.tokens % self.page_size)
+
+    @property
+    def n_retrieve(self) -> Tensor:
+        return self.dynamic * (self.pages - self.n_fixed - (self.fill > 0).long())
+
+    @property
+    def attended(self) -> Tensor:
+        """Prompt tokens that a step reads."""
+        return (self.n_fixed + self.n_retrieve) * self.page_size + self.fill
+
+    def step_bytes(self, costs: Costs) -> int:
+        """Bytes of this prompt's cache that a step reads: what the budget promises to bound."""
+        lanes = self.pages.numel()
+        pages = int(self.pages.sum()) * costs.page
+        sketches = int(self.n_chunks.sum()) * costs.sketch + int(self.dynamic.sum()) * costs.basis
+        entries = int((self.n_fixed + self.n_chunks).sum()) + lanes * (1 + SCALARS)  # one for the tail page
+        return pages + sketches + entries * costs.entry
+
+
+def full_bytes(tokens: int, lanes: int, costs: Costs, page_size: int) -> int:
+    """Bytes of a plain full cache of this many tokens: no pages, no tables."""
+    return tokens * lanes * costs.page // page_size
+
+
+def full_plan(prefill: Prefill) -> Plan:
+    """Keeps everything."""
+    shape = (len(prefill.layers), prefill.layers[0].k.shape[0])
+    plan = Plan(
+        prefill.prunable.cpu(),
+        prefill.config.page_size,
+        dynamic=torch.zeros(shape, dtype=torch.bool),
+        pages=torch.zeros(shape, dtype=torch.long),
+    )
+    return replace(plan, pages=torch.full(shape, plan.whole_pages))
+
+
+def hybrid_plan(prefill: Prefill) -> Plan:
+    """Static and dynamic heads within `config.budget`.
+
+    Raises:
+        BudgetError: the budget can't hold what must be kept.
+    """
+    config, layers = prefill.config, prefill.layers
+    everything = full_plan(prefill)
+    if config.budget == 1:
+        return everything
+    mass = torch.stack([layer.context_mass for layer in layers]).cpu()
+    overlap = torch.stack([layer.overlap for layer in layers]).cpu()
+    dynamic = classify(mass, overlap, config.dynamic_share, config.threshold)
+
+    cap = everything.pages
+    # A dynamic head needs a page to retrieve beside what it always reads; without one it is no dynamic head.
+    needs = torch.full_like(cap, everything.always_pages)
+    needs = torch.where(dynamic, needs + int(everything.tokens % config.page_size > 0) + 1, needs)
+    floor = needs.minimum(cap)
+
+    head_dim, dtype = layers[0].k.shape[-1], layers[0].k.dtype
+    costs = Costs.of(config, head_dim, dtype)
+    full = full_bytes(everything.tokens, cap.numel(), costs, config.page_size)
+    # Charged up front, at most what `step_bytes` will count: every lane's table at its longest, and the sketches.
+    overhead = cap.numel() * (everything.whole_pages + 1 + SCALARS) * costs.entry
+    overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.sketch + costs.basis)
+    total = int(config.budget * full - overhead) // costs.page
+    if total < int(floor.sum()):
+        least = (int(floor.sum()) * costs.page + overhead) / full
+        always = int((~everything.prunable).sum())
+        raise BudgetError(
+            f"a budget of {config.budget:g} can't be met: {always} of the {everything.tokens} prompt tokens (text, "
+            f"sinks, recent) are kept in every head, and with key sketches and tables that takes {least:.2f} of the "
+            f"full cache. Raise the budget above that, use the full cache, or give more pictures or context to prune."
+        )
+    pages = allocate(total, dynamic, torch.ones(cap.shape), floor, cap, config.dynamic_weight)
+    order = tuple(keep_order(layer.score, prefill.prunable, config.pool) for layer in layers)
+    return replace(everything, dynamic=dynamic & (pages < cap), pages=pages, order=order)

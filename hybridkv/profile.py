@@ -1,0 +1,127 @@
+"""Prefill, and what it reveals: where the prompt's text looks, for every KV head.
+
+Attention over the prompt is dense and causal. On the way, the last text queries (the *window*) are multiplied with all
+keys once more, one KV head at a time, which costs window / T of the attention and never holds a T x T matrix.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from hybridkv.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One layer's keys and values of one prompt, and what its window queries attend to.
+
+    Attributes:
+        k, v: (H, T, D), keys after RoPE.
+        score: (H, T) float32, the largest attention probability that any window query of any head in the group gives
+            to each token.
+        context_mass: (H,) mean share of the window's attention on prunable tokens.
+        overlap: (H,) mean pairwise Jaccard overlap of the window queries' top sets among prunable tokens; 1 if all
+            queries look at the same tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    score: Tensor
+    context_mass: Tensor
+    overlap: Tensor
+
+
+def window_rows(prunable: Tensor, window: int) -> Tensor:
+    """Indices of the window: the last `window` text tokens that come after some prunable token, (W,) with W <= window."""
+    seen = prunable.cumsum(0) > 0
+    return (seen & ~prunable).nonzero()[-window:, 0]
+
+
+def window_probabilities(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    """Causal attention of the window queries of one KV head.
+
+    Args:
+        q: (G, T, D) the group's queries; k: (T, D); rows: (W,) query positions.
+
+    Returns:
+        (G, W, T) float32 probabilities.
+    """
+    logits = (q[:, rows].float() @ k.float().T) * q.shape[-1] ** -0.5
+    hidden = torch.arange(k.shape[0], device=k.device) > rows[:, None]  # (W, T)
+    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
+    """Mean pairwise Jaccard overlap of the top sets of W distributions over N tokens, (W, N) -> scalar."""
+    queries, tokens = probabilities.shape
+    if queries < 2 or tokens == 0:
+        return probabilities.new_ones(())
+    size = max(1, round(top_share * tokens))
+    top = probabilities.topk(size, dim=-1).indices
+    member = torch.zeros_like(probabilities).scatter_(1, top, 1.0)
+    shared = member @ member.T  # (W, W) sizes of the intersections; every set has `size` members
+    jaccard = shared / (2 * size - shared)
+    return (jaccard.sum() - queries) / (queries * (queries - 1))
+
+
+def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: HybridConfig) -> LayerProfile:
+    """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
+    rows = window_rows(prunable, config.window)
+    score, mass, overlap = [], [], []
+    for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
+        p = window_probabilities(group, key, rows)  # (G, W, T)
+        context = p[..., prunable]
+        score.append(p.flatten(0, 1).amax(0) if len(rows) else p.new_zeros(p.shape[-1]))
+        mass.append(context.sum(-1).mean() if len(rows) else p.new_zeros(()))
+        overlap.append(jaccard_overlap(context.mean(0), config.top_share))
+    return LayerProfile(k, v, torch.stack(score), torch.stack(mass), torch.stack(overlap))
+
+
+class Prefill:
+    """Records one prompt's way through a model: `prefill[layer](q, k, v)` is its attention.
+
+    Each layer is called once, in order, with q (1, Hq, T, D) and k, v (1, H, T, D), positions already applied to q
+    and k, and gets causal attention (1, Hq, T, D) back. The profiles gather in `layers`.
+
+    Args:
+        prunable: (T,) bool, the tokens that may be pruned or moved; the others stay in every head's cache. None
+            makes all tokens prunable but the last `config.window`, which are taken for the question.
+        config: how to profile.
+    """
+
+    def __init__(self, prunable: Tensor | None, config: HybridConfig):
+        self.config = config
+        self.prunable = prunable
+        self.layers: list[LayerProfile] = []
+
+    def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return partial(self.attend, layer)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer != len(self.layers):
+            raise ValueError(f"layer {layer} called after {len(self.layers)} layers: a Prefill reads one prompt, in order")
+        if q.shape[0] != 1 or k.shape != v.shape or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
+            raise ValueError(
+                f"prefill wants one sequence, q (1, Hq, T, D) and k, v (1, H, T, D) with H dividing Hq, "
+                f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            )
+        if layer == 0:
+            self._start(q.shape[2], q.device)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.config))
+        return out
+
+    def _start(self, tokens: int, device: torch.device) -> None:
+        if self.prunable is None:
+            self.prunable = torch.arange(tokens) < tokens - self.config.window
+        if self.prunable.shape != (tokens,):
+            raise ValueError(f"prunable has shape {tuple(self.prunable.shape)}, the prompt has {tokens} tokens")
+        prunable = self.prunable.to(device, torch.bool).clone()
+        prunable[: self.config.sinks] = False
+        prunable[max(0, tokens - self.config.recent) :] = False
+        self.prunable = prunable
