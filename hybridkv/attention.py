@@ -13,7 +13,15 @@ Q_BLOCK = 128  # query rows a block of the mask stands for; a group is far small
 
 
 def attend_pages(
-    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, n_pages: Tensor, tail: Tensor, fill: Tensor, page_size: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    n_pages: Tensor,
+    tail: Tensor,
+    fill: Tensor,
+    layer: Tensor,
+    page_size: int,
 ) -> Tensor:
     """Attention over each lane's pages.
 
@@ -21,20 +29,23 @@ def attend_pages(
         q: (L, 1, G, D).
         keys, values: (1, 1, slots, D), the pool.
         pages: (L, P) int32 page numbers, of which the first n_pages (L,) int32 are read whole.
-        tail: (L,) int32 page of which slots up to and including fill (L,) int32 are read.
+        tail, fill: (layers, L) int32; of page tail[layer], slots up to and including fill[layer] are read. They come
+            whole because FlexAttention wants what a mask captures to be inputs of the graph, not computed in it.
+        layer: () int64.
 
     Returns:
         (L, 1, G, D). Compiled, only the listed pages are read. Uncompiled, FlexAttention would ignore the lists, so
         the pages are gathered and attended to densely: same result, more memory.
     """
     if not torch.compiler.is_compiling():
-        return attend_gathered(q, keys, values, pages, n_pages, tail, fill, page_size)
+        return attend_gathered(q, keys, values, pages, n_pages, tail, fill, layer, page_size)
 
     def mask_mod(lane: Tensor, _head: Tensor, _row: Tensor, slot: Tensor) -> Tensor:
-        return (slot // page_size != tail[lane]) | (slot % page_size <= fill[lane])
+        return (slot // page_size != tail[layer, lane]) | (slot % page_size <= fill[layer, lane])
 
-    lanes, slots = q.shape[0], keys.shape[2]
-    lists = tail_apart(pages, n_pages, tail, slots // page_size) if q.is_cpu else tail_first(pages, n_pages, tail)
+    slots = keys.shape[2]
+    tails = tail.index_select(0, layer.view(1))[0]  # (L,)
+    lists = tail_apart(pages, n_pages, tails, slots // page_size) if q.is_cpu else tail_first(pages, n_pages, tails)
     block_mask = BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=(Q_BLOCK, page_size),
@@ -42,8 +53,9 @@ def attend_pages(
         seq_lengths=(q.shape[2], slots),
         compute_q_blocks=False,
     )
-    assert block_mask.kv_num_blocks.shape[0] == lanes
-    return flex_attention(q, keys, values, block_mask=block_mask)
+    # FlexAttention's CPU kernel misreads a query that is only a view, and a clone may be optimised away. Halving is
+    # exact and makes the query a tensor of its own; the scale takes it back.
+    return flex_attention(q * 0.5, keys, values, block_mask=block_mask, scale=2 * q.shape[-1] ** -0.5)
 
 
 def tail_first(pages: Tensor, n_pages: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,9 +80,18 @@ def tail_apart(pages: Tensor, n_pages: Tensor, tail: Tensor, pool_pages: int) ->
 
 
 def attend_gathered(
-    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, n_pages: Tensor, tail: Tensor, fill: Tensor, page_size: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    n_pages: Tensor,
+    tail: Tensor,
+    fill: Tensor,
+    layer: Tensor,
+    page_size: int,
 ) -> Tensor:
     """`attend_pages`, the slow and obvious way: copies each lane's slots together and masks the rest."""
+    tail, fill = (t.index_select(0, layer.view(1))[0] for t in (tail, fill))
     listed = torch.cat((pages, tail[:, None]), dim=1).long()  # (L, P + 1)
     offset = torch.arange(page_size, device=q.device)
     slots = (listed[:, :, None] * page_size + offset).flatten(1)  # (L, S)

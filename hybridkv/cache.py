@@ -9,16 +9,18 @@ A decoding step only reads and writes tensors of fixed size: nothing depends on 
 recompiles, and another prompt is loaded into the same tensors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.attention import attend_pages
 from hybridkv.config import HybridConfig
-from hybridkv.pages import Capacity, lane_tokens, tail_pages
-from hybridkv.plan import SCALARS, Costs, Plan, full_bytes
+from hybridkv.pages import Capacity, lane_tokens
+from hybridkv.plan import Costs, Plan, full_bytes
 from hybridkv.profile import Prefill
 from hybridkv.retrieve import chunk_scores, encode, fit_sketch, pack_sketch, select
 
@@ -44,66 +46,6 @@ class CacheBytes:
     allocated: int
 
 
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's view of the cache; a decoding step's attention. Lanes are L = B * H, in this order."""
-
-    page_size: int
-    retrieve: int
-    keys: Tensor  # (1, 1, slots, D), as are the values
-    values: Tensor
-    fixed: Tensor  # (L, F) int32, as are all tables and counts
-    n_fixed: Tensor  # (L,)
-    chunks: Tensor  # (L, C)
-    n_chunks: Tensor  # (L,)
-    n_retrieve: Tensor  # (L,)
-    tail: Tensor  # (L,)
-    fill: Tensor  # (L,)
-    sketch: Tensor  # (n_store, rank, page_size) int8
-    row: Tensor  # (L,) row of the three below that belongs to the lane; 0 for a lane without sketch
-    basis: Tensor  # (rows, D, rank)
-    offset: Tensor  # (rows, rank)
-    step: Tensor  # (rows, rank)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Appends one token's k, v (B, H, 1, D) and attends: q (B, Hq, 1, D) -> (B, Hq, 1, D)."""
-        batch, heads = k.shape[:2]
-        q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=heads).contiguous()
-        self._append(rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"))
-        pages, n_pages = self._pages(q[:, 0])
-        out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, self.page_size)
-        return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=batch)
-
-    def _append(self, k: Tensor, v: Tensor) -> None:
-        slots = (self.tail * self.page_size + self.fill).long()  # (L,)
-        self.keys.index_copy_(2, slots, k)
-        self.values.index_copy_(2, slots, v)
-        if self.retrieve:
-            z = encode(k[0, 0, :, None], self.basis[self.row], self.offset[self.row], self.step[self.row])[:, 0]  # (L, r)
-            rank = z.shape[1]
-            # A tail page outside the store has no sketch: what would be written goes to the null page.
-            page = torch.where(self.row > 0, self.tail, 0).long()
-            at = (page[:, None] * rank + torch.arange(rank, device=z.device)) * self.page_size + self.fill[:, None]
-            self.sketch.view(-1).index_copy_(0, at.flatten(), z.flatten())
-
-    def _pages(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Pages that this step reads whole: those retrieved for q (L, G, D), then the fixed ones."""
-        if not self.retrieve:
-            return self.fixed, self.n_fixed
-        basis, step = self.basis[self.row], self.step[self.row]
-        scores = chunk_scores(q, self.sketch, self.chunks, self.n_chunks, basis, step)
-        found = self._fetch(select(scores, self.chunks, self.retrieve))
-        column = torch.arange(self.retrieve + self.fixed.shape[1], device=q.device)
-        k = self.n_retrieve[:, None]
-        from_found = found.gather(1, column.clamp(max=self.retrieve - 1).expand(len(q), -1))
-        from_fixed = self.fixed.gather(1, (column - k).clamp(0, self.fixed.shape[1] - 1).long())
-        return torch.where(column < k, from_found, from_fixed), self.n_fixed + self.n_retrieve
-
-    def _fetch(self, pages: Tensor) -> Tensor:
-        """Where the pool holds these store pages. The store is part of the pool, so they are there already."""
-        return pages
-
-
 class HybridCache(nn.Module):
     """See the module. Sizes follow `capacity`; shapes, dtype and device follow the prefills' keys."""
 
@@ -126,27 +68,71 @@ class HybridCache(nn.Module):
         buffer("chunks", *lanes, max(1, capacity.chunks))
         for name in ("n_fixed", "n_chunks", "n_retrieve", "tail", "fill", "row"):  # as many as plan.SCALARS
             buffer(name, *lanes)
+        for layer in range(lanes[0]):
+            self.register_buffer(f"layer{layer}", torch.tensor(layer, device=key.device), persistent=False)
         buffer("next_page", 2)  # the first free page of the store, and of the rest
-        buffer("sketch", capacity.n_store, self.rank, self.page_size, dtype=torch.int8)
+        buffer("sketch", capacity.n_store * self.rank * self.page_size, dtype=torch.int8)
         buffer("basis", capacity.sketches, dim, self.rank, dtype=key.dtype)
         buffer("offset", capacity.sketches, self.rank, dtype=torch.float32)
         buffer("step", capacity.sketches, self.rank, dtype=torch.float32)
         self._loaded: list[Plan] = []
         self._prompt_pages = (0, 0)
 
-    def __getitem__(self, layer: int) -> LayerCache:
-        names = ("fixed", "n_fixed", "chunks", "n_chunks", "n_retrieve", "tail", "fill", "row")
-        return LayerCache(
-            page_size=self.page_size,
-            retrieve=self.capacity.retrieve,
-            keys=self.keys,
-            values=self.values,
-            sketch=self.sketch,
-            basis=self.basis,
-            offset=self.offset,
-            step=self.step,
-            **{name: getattr(self, name)[layer] for name in names},
-        )
+    def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return partial(self.attend, getattr(self, f"layer{layer}"))
+
+    def attend(self, layer: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One layer's attention in a decoding step: appends one token, then reads the pages that the plan lists.
+
+        Args:
+            layer: () int64, a tensor so that all layers compile to the same graph.
+            q: (B, Hq, 1, D). k, v: (B, H, 1, D). Positions already applied to q and k.
+
+        Returns:
+            (B, Hq, 1, D)
+        """
+        q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=self.heads)
+        row = self._of(layer, self.row)
+        sketcher = tuple(t[row] for t in (self.basis, self.offset, self.step))
+        self._append(layer, rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"), row, sketcher)
+        pages, n_pages = self._pages(layer, q[:, 0], sketcher)
+        out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
+        return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=self.batch)
+
+    def _of(self, layer: Tensor, table: Tensor) -> Tensor:
+        return table.index_select(0, layer.view(1))[0]
+
+    def _append(self, layer: Tensor, k: Tensor, v: Tensor, row: Tensor, sketcher: tuple[Tensor, ...]) -> None:
+        """Writes k, v (1, 1, L, D) behind the last token of each lane, and their sketch if the lane has one."""
+        tail, fill = self._of(layer, self.tail), self._of(layer, self.fill)  # (L,)
+        slots = (tail * self.page_size + fill).long()
+        self.keys.index_copy_(2, slots, k)
+        self.values.index_copy_(2, slots, v)
+        if self.capacity.retrieve:
+            z = encode(k[0, 0, :, None], *sketcher)[:, 0]  # (L, rank)
+            page = torch.where(row > 0, tail, 0).long()  # a page outside the store has no sketch: the null page's is free
+            at = (page[:, None] * self.rank + torch.arange(self.rank, device=z.device)) * self.page_size + fill[:, None]
+            self.sketch.index_copy_(0, at.flatten(), z.flatten())
+
+    def _pages(self, layer: Tensor, q: Tensor, sketcher: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Pages (L, P) that a step reads whole, those retrieved for q (L, G, D) first, and how many (L,) there are."""
+        fixed, n_fixed = self._of(layer, self.fixed), self._of(layer, self.n_fixed)
+        if not self.capacity.retrieve:
+            return fixed, n_fixed
+        chunks, n_retrieve = self._of(layer, self.chunks), self._of(layer, self.n_retrieve)
+        basis, _, step = sketcher
+        sketch = self.sketch.view(-1, self.rank, self.page_size)
+        scores = chunk_scores(q, sketch, chunks, self._of(layer, self.n_chunks), basis, step)
+        found = self._fetch(select(scores, chunks, self.capacity.retrieve))
+        column = torch.arange(found.shape[1] + fixed.shape[1], device=q.device)
+        k = n_retrieve[:, None]
+        from_found = found.gather(1, column.clamp(max=found.shape[1] - 1).expand(len(q), -1))
+        from_fixed = fixed.gather(1, (column - k).clamp(0, fixed.shape[1] - 1))
+        return torch.where(column < k, from_found, from_fixed), n_fixed + n_retrieve
+
+    def _fetch(self, pages: Tensor) -> Tensor:
+        """Where the pool holds these store pages. The store is part of the pool, so they are there already."""
+        return pages
 
     def advance(self, active: Tensor) -> None:
         """Counts the token that every lane of the active sequences, (B,) bool, just appended.
@@ -250,11 +236,12 @@ class HybridCache(nn.Module):
         self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
         # The tail page's prompt tokens are sketched too: it becomes a chunk once it is full.
         z = encode(keys[:, order], self.basis[row], offset, step)
+        store = self.sketch.view(-1, self.rank, self.page_size)
         for lane, h in enumerate(dynamic):
             pages = slots[h][: len(sketched) : self.page_size].to(device) // self.page_size
-            self.sketch[pages] = pack_sketch(z[lane, : len(sketched)], self.page_size)
+            store[pages] = pack_sketch(z[lane, : len(sketched)], self.page_size)
             if fill := int(plan.fill[layer, h]):
-                self.sketch[int(slots[h][-1]) // self.page_size, :, :fill] = z[lane, -fill:].T
+                store[int(slots[h][-1]) // self.page_size, :, :fill] = z[lane, -fill:].T
 
     def count_bytes(self) -> CacheBytes:
         """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""

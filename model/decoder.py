@@ -76,6 +76,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@torch.compiler.nested_compile_region
+def run_block(block: Block, x: Tensor, cos: Tensor, sin: Tensor, kv: LayerKV) -> Tensor:
+    """One layer; under `torch.compile` all layers share one compiled region."""
+    return block(x, cos, sin, kv)
+
+
 class Model(nn.Module):
     """Token ids and pixels in, logits out. Weights come from `model.from_pretrained`."""
 
@@ -134,7 +140,7 @@ class Model(nn.Module):
         inv_freq = inverse_frequencies(self.cfg.head_dim, self.cfg.rope_theta, x.device)
         cos, sin = (t.to(x.dtype) for t in rotation(positions, inv_freq, self.cfg.mrope_section))
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, causal_attention if kv is None else kv[i])
+            x = run_block(block, x, cos, sin, causal_attention if kv is None else kv[i])
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
