@@ -10,6 +10,7 @@ where prompts have `input_ids` (T,) and `prunable` (T,), and `kv[layer](q, k, v)
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -150,10 +151,8 @@ class Engine:
         self.cache: HybridCache | DenseCache | None = None
         self.state: DecodeState | None = None
         self.stats = Stats()
+        self.compile = compile
         self._step = decode_step
-        if compile:
-            mode = "reduce-overhead" if next(model.parameters()).is_cuda else None
-            self._step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode=mode)
 
     def prefill(self, prompts: Sequence, on_prefill: Callable[[int], None] | None = None) -> tuple[list[Prefill], Tensor, list[int]]:
         """Reads the prompts one by one: their records, the next token's logits (B, V) and positions."""
@@ -173,7 +172,8 @@ class Engine:
         if self.policy == "dense":
             slots = max(len(p.prunable) for p in prefills) + new_tokens
             if not self.cache or self.cache.slots < slots or len(self.cache.length) != batch:
-                self.cache = DenseCache(slots, batch, prefills[0])
+                self.cache = None
+                self._new_cache(DenseCache(slots, batch, prefills[0]))
             self._count_heads([full_plan(p) for p in prefills])
             self.cache.load(prefills, new_tokens)
             return
@@ -181,9 +181,17 @@ class Engine:
         capacity = Capacity.of(plans, new_tokens)
         if not self.cache or self.cache.batch != batch or not self.cache.capacity.covers(capacity):
             self.cache = None  # free the old pool before the new one is made
-            self.cache = HybridCache(capacity, batch, prefills[0])
+            self._new_cache(HybridCache(capacity, batch, prefills[0]))
         self.cache.load(prefills, plans, new_tokens)
         self._count_heads(plans)
+
+    def _new_cache(self, cache: HybridCache | DenseCache) -> None:
+        self.cache = cache
+        if self.compile:
+            # A code object of its own, so that no other cache's graphs count towards the limit on recompilations.
+            step = FunctionType(decode_step.__code__.replace(), decode_step.__globals__)
+            mode = "reduce-overhead" if next(cache.buffers()).is_cuda else None
+            self._step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
 
     def _count_heads(self, plans: list[Plan]) -> None:
         dynamic = torch.stack([plan.dynamic for plan in plans])

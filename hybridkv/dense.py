@@ -4,7 +4,8 @@ Same interface as `HybridCache`, no pages, no tables. The group's query heads ar
 to do grouped-query decoding with SDPA.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,28 +14,6 @@ from torch import Tensor, nn
 
 from hybridkv.pages import bucket
 from hybridkv.profile import Prefill
-
-
-@dataclass(frozen=True)
-class DenseLayer:
-    keys: Tensor  # (1, 1, L * S, D): lane l owns slots l * S to (l + 1) * S
-    values: Tensor
-    length: Tensor  # (B,) tokens so far
-    heads: int
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Appends one token's k, v (B, H, 1, D) and attends: q (B, Hq, 1, D) -> (B, Hq, 1, D)."""
-        batch, dim = k.shape[0], k.shape[3]
-        per_lane = self.keys.shape[2] // (batch * self.heads)
-        lane = torch.arange(batch * self.heads, device=k.device)
-        slots = lane * per_lane + self.length.repeat_interleave(self.heads)
-        self.keys.index_copy_(2, slots, rearrange(k, "b h 1 d -> 1 1 (b h) d"))
-        self.values.index_copy_(2, slots, rearrange(v, "b h 1 d -> 1 1 (b h) d"))
-        keys, values = (t.view(batch, self.heads, per_lane, dim) for t in (self.keys, self.values))
-        mask = torch.arange(per_lane, device=k.device) <= self.length[:, None]  # (B, S)
-        q = rearrange(q, "b (h g) 1 d -> b h g d", h=self.heads)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None])
-        return rearrange(out, "b h g d -> b (h g) 1 d")
 
 
 class DenseCache(nn.Module):
@@ -51,8 +30,23 @@ class DenseCache(nn.Module):
         length = torch.zeros(batch, dtype=torch.int64, device=pool.device)
         self.register_buffer("length", length, persistent=False)
 
-    def __getitem__(self, layer: int) -> DenseLayer:
-        return DenseLayer(getattr(self, f"keys{layer}"), getattr(self, f"values{layer}"), self.length, self.heads)
+    def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return partial(self.attend, getattr(self, f"keys{layer}"), getattr(self, f"values{layer}"))
+
+    def attend(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends one token's k, v (B, H, 1, D) to a layer's pool and attends: q (B, Hq, 1, D) -> (B, Hq, 1, D).
+
+        In the pool (1, 1, L * S, D), lane l owns slots l * S to (l + 1) * S.
+        """
+        lane = torch.arange(k.shape[0] * self.heads, device=k.device)
+        slots = lane * self.slots + self.length.repeat_interleave(self.heads)
+        keys.index_copy_(2, slots, rearrange(k, "b h 1 d -> 1 1 (b h) d"))
+        values.index_copy_(2, slots, rearrange(v, "b h 1 d -> 1 1 (b h) d"))
+        keys, values = (rearrange(t, "1 1 (b h s) d -> b h s d", h=self.heads, s=self.slots) for t in (keys, values))
+        mask = torch.arange(self.slots, device=k.device) <= self.length[:, None]  # (B, S)
+        q = rearrange(q, "b (h g) 1 d -> b h g d", h=self.heads)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None])
+        return rearrange(out, "b h g d -> b (h g) 1 d")
 
     def advance(self, active: Tensor) -> None:
         """Counts the token that every active sequence, (B,) bool, just appended."""
