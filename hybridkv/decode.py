@@ -154,16 +154,16 @@ class Engine:
         self.compile = compile
         self._step = decode_step
 
-    def prefill(self, prompts: Sequence, on_prefill: Callable[[int], None] | None = None) -> tuple[list[Prefill], Tensor, list[int]]:
+    def prefill(
+        self, prompts: Sequence, on_layer: Callable[[], None] | None = None
+    ) -> tuple[list[Prefill], Tensor, list[int]]:
         """Reads the prompts one by one: their records, the next token's logits (B, V) and positions."""
         prefills, logits, positions = [], [], []
         for prompt in prompts:
-            prefills.append(Prefill(prompt.prunable, self.config))
+            prefills.append(Prefill(prompt.prunable, self.config, on_layer))
             last, position = self.model.prefill(prompt, prefills[-1])
             logits.append(last)
             positions.append(position)
-            if on_prefill:
-                on_prefill(len(prefills))
         return prefills, torch.cat(logits), positions
 
     def load(self, prefills: list[Prefill], new_tokens: int) -> None:
@@ -205,7 +205,7 @@ class Engine:
         prompts: Sequence,
         max_new_tokens: int | Sequence[int] = 128,
         sampling: Sampling | None = None,
-        on_prefill: Callable[[int], None] | None = None,
+        on_layer: Callable[[], None] | None = None,
     ) -> Iterator[list[int | None]]:
         """Generates, yielding one list of B token ids a step; None for a sequence that has ended.
 
@@ -213,7 +213,7 @@ class Engine:
             prompts: B prompts, of any lengths.
             max_new_tokens: limit for all, or one for each prompt.
             sampling: default greedy.
-            on_prefill: called after each prompt with how many have been read.
+            on_layer: called after each layer of each prompt's prefill, for progress.
 
         Raises:
             BudgetError: the budget can't hold what must be kept.
@@ -223,7 +223,7 @@ class Engine:
         if not batch or len(limits) != batch or min(limits) < 1:
             raise ValueError("stream wants at least one prompt, and at least one new token for each")
         start, self.stats = time.perf_counter(), Stats()
-        prefills, logits, positions = self.prefill(prompts, on_prefill)
+        prefills, logits, positions = self.prefill(prompts, on_layer)
         self.load(prefills, max(limits))
         self._reset(logits.device, positions, limits, sampling)
 

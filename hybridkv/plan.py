@@ -8,6 +8,7 @@ A lane is one of three things:
   step. The prunable rest is cut into chunks of one page, of which a step reads the best `n_retrieve`.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -160,12 +161,12 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.sketch + costs.basis)
     total = int(config.budget * full - overhead) // costs.page
     if total < int(floor.sum()):
-        least = (int(floor.sum()) * costs.page + overhead) / full
+        least = math.ceil(100 * (int(floor.sum()) * costs.page + overhead) / full) / 100
         always = int((~everything.prunable).sum())
         raise BudgetError(
             f"a budget of {config.budget:g} can't be met: {always} of the {everything.tokens} prompt tokens (text, "
             f"sinks, recent) are kept in every head, and with key sketches and tables that takes {least:.2f} of the "
-            f"full cache. Raise the budget above that, use the full cache, or give more pictures or context to prune."
+            f"full cache. Raise the budget to that, use the full cache, or give more pictures or context to prune."
         )
     pages = allocate(total, dynamic, torch.ones(cap.shape), floor, cap, config.dynamic_weight)
     order = tuple(keep_order(layer.score, prefill.prunable, config.pool) for layer in layers)

@@ -92,10 +92,12 @@ class Prefill:
         prunable: (T,) bool, the tokens that may be pruned or moved; the others stay in every head's cache. None
             makes all tokens prunable but the last `config.window`, which are taken for the question.
         config: how to profile.
+        on_layer: called after each layer, for progress.
     """
 
-    def __init__(self, prunable: Tensor | None, config: HybridConfig):
+    def __init__(self, prunable: Tensor | None, config: HybridConfig, on_layer: Callable[[], None] | None = None):
         self.config = config
+        self.on_layer = on_layer
         self.prunable = prunable
         self.layers: list[LayerProfile] = []
 
@@ -114,6 +116,8 @@ class Prefill:
             self._start(q.shape[2], q.device)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.config))
+        if self.on_layer:
+            self.on_layer()
         return out
 
     def _start(self, tokens: int, device: torch.device) -> None:

@@ -83,7 +83,7 @@ def from_pretrained(
         name: a folder with `config.json` and safetensors, or a Hub name.
         dtype: of the weights; None keeps what the first weight file has.
         device: where the weights go.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr, if it is a terminal.
 
     Raises:
         CheckpointError: anything about the checkpoint that can't be used, in one line.
@@ -95,8 +95,9 @@ def from_pretrained(
         model = Model(cfg)
     missing = {n: p.shape for n, p in model.named_parameters()}
     extra = []
-    total = sum(f.stat().st_size for f in files)
-    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+    size = sum(f.stat().st_size for f in files)
+    hidden = None if progress else True  # None: tqdm looks whether stderr is a terminal
+    with tqdm(total=size, desc="loading", unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
         for file in files:
             try:
                 with safe_open(file, framework="pt", device=str(device)) as tensors:
