@@ -1,0 +1,159 @@
+"""What the tests share: random prompts, and a bench on which a cache runs beside the plain tensors it stands for."""
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
+from hybridkv.pages import lane_tokens
+
+
+def random_prefill(config: HybridConfig, layers: int, shape: tuple, prunable: Tensor | None, seed: int, dtype) -> Prefill:
+    """A prompt of random queries, keys and values; shape is (H, G, T, D)."""
+    heads, group, tokens, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    prefill = Prefill(prunable, config)
+    for layer in range(layers):
+        q, k, v = (
+            torch.randn(1, n, tokens, dim, generator=generator).to(dtype) for n in (heads * group, heads, heads)
+        )
+        prefill[layer](q, k, v)
+    return prefill
+
+
+def plan_or_none(prefill: Prefill) -> Plan | None:
+    """The hybrid plan, or None where the budget can't hold what must be kept."""
+    try:
+        return hybrid_plan(prefill)
+    except BudgetError:
+        return None
+
+
+@st.composite
+def prompts(draw, max_tokens: int = 500) -> Tensor:
+    """A prunable mask, (T,) bool: text, one or two runs of context, a question. Mostly context."""
+    mask = []
+    for _ in range(draw(st.integers(1, 2))):
+        mask += [False] * draw(st.integers(0, 12))
+        mask += [True] * draw(st.integers(10, max_tokens // 2 - 12) | st.integers(max_tokens // 4, max_tokens // 2 - 12))
+    return torch.tensor(mask + [False] * draw(st.integers(1, 12)))
+
+
+def kinds(plans: list[Plan]) -> str:
+    """Which kinds of lanes the plans have, to see in Hypothesis' statistics that all are tested."""
+    dynamic = any(plan.dynamic.any() for plan in plans)
+    whole = any(plan.whole.any() for plan in plans)
+    static = any((~plan.whole & ~plan.dynamic).any() for plan in plans)
+    return f"static {static} dynamic {dynamic} whole {whole}"
+
+
+configs = st.builds(
+    HybridConfig,
+    budget=st.sampled_from([0.2, 0.35, 0.5, 0.75, 1.0]),
+    page_size=st.sampled_from([16, 32]),
+    dynamic_share=st.sampled_from([0.0, 0.3, 0.5, 1.0, None]),
+    dynamic_weight=st.sampled_from([0.5, 1.0, 2.0]),
+    sketch_rank=st.sampled_from([None, 2, 8]),
+    window=st.integers(1, 20),
+    sinks=st.integers(0, 5),
+    recent=st.integers(0, 10),
+    pool=st.sampled_from([1, 5, 15]),
+)
+shapes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 6, 7]), st.sampled_from([8, 16, 32]))  # H, G, D
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain attention in float64: q (G, D); k, v (T, D)."""
+    q, k, v = q.double(), k.double(), v.double()
+    return torch.softmax(q @ k.T * q.shape[-1] ** -0.5, -1) @ v
+
+
+def tolerance(q: Tensor, k: Tensor, v: Tensor) -> float:
+    """A bound on the rounding error of attention, in the usual model of floating-point arithmetic.
+
+    A dot product of length D errs by at most D u |q||k|, which moves softmax weights by twice that; sums of n terms
+    err by n u. Products accumulate in float32; in bfloat16 the scores, the weights and the result are rounded, too.
+    """
+    dim, tokens = q.shape[-1], k.shape[0]
+    score = float(q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()) * dim**-0.5
+    u32, u = torch.finfo(torch.float32).eps / 2, torch.finfo(q.dtype).eps / 2
+    relative = 2 * dim * u32 * score + (2 * tokens + 4) * u32
+    if q.dtype != torch.float32:
+        relative += 2 * u * score + 3 * u
+    return relative * float(v.double().abs().max()) + 1e-12
+
+
+@dataclass
+class Bench:
+    """A loaded cache, and for each lane the keys and values of all its tokens, prompt and generated."""
+
+    prefills: list[Prefill]
+    plans: list[Plan]
+    new_tokens: int
+    seed: int = 0
+    cache: HybridCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = self.prefills[0].layers[0].k
+        self.layers, (self.heads, _, self.dim) = len(self.prefills[0].layers), first.shape
+        self.dtype, self.batch = first.dtype, len(self.prefills)
+        # tokens[layer][lane]: keys and values (T, D), growing
+        self.k = [[k for p in self.prefills for k in p.layers[i].k] for i in range(self.layers)]
+        self.v = [[v for p in self.prefills for v in p.layers[i].v] for i in range(self.layers)]
+        orders = [[t for plan in self.plans for t in lane_tokens(plan, i)] for i in range(self.layers)]
+        self.cache = HybridCache(Capacity.of(self.plans, self.new_tokens), self.batch, self.prefills[0])
+        self.cache.load(self.prefills, self.plans, self.new_tokens)
+        self.slot_of = [[self._prompt_slots(i, lane, orders[i][lane]) for lane in range(len(orders[i]))] for i in range(self.layers)]
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def _prompt_slots(self, layer: int, lane: int, order: Tensor) -> dict[int, int]:
+        """token -> slot of a lane's prompt, read off the tables."""
+        c = self.cache
+        pages = [*c.chunks[layer, lane, : c.n_chunks[layer, lane]].tolist()]
+        pages += [*c.fixed[layer, lane, : c.n_fixed[layer, lane]].tolist(), int(c.tail[layer, lane])]
+        slots = [page * c.page_size + i for page in pages for i in range(c.page_size)]
+        slots = slots[: len(slots) - c.page_size + int(c.fill[layer, lane])]
+        assert len(slots) == len(order)
+        return dict(zip(order.tolist(), slots, strict=True))
+
+    def random(self, heads: int) -> Tensor:
+        return torch.randn(self.batch, heads, 1, self.dim, generator=self.generator).to(self.dtype)
+
+    def step(self, group: int, active: Tensor | None = None, attend=None) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """One token through every layer. Returns (output, exact, tolerance) for each layer, (L, G, D) and (L,)."""
+        c, results = self.cache, []
+        active = torch.ones(self.batch, dtype=torch.bool) if active is None else active
+        for layer in range(self.layers):
+            q, k, v = self.random(self.heads * group), self.random(self.heads), self.random(self.heads)
+            lanes = q.view(-1, group, self.dim)
+            sketcher = tuple(t[c.row[layer]] for t in (c.basis, c.offset, c.step))
+            pages, n_pages = c._pages(torch.tensor(layer), lanes, sketcher)
+            tail, fill = c.tail[layer].clone(), c.fill[layer].clone()
+            out = (attend or (lambda layer, *qkv: c[layer](*qkv)))(layer, q, k, v).view_as(lanes)
+            exact, tolerances = [], []
+            for lane in range(len(lanes)):
+                self.k[layer][lane] = torch.cat((self.k[layer][lane], k.view(-1, self.dim)[lane : lane + 1]))
+                self.v[layer][lane] = torch.cat((self.v[layer][lane], v.view(-1, self.dim)[lane : lane + 1]))
+                slot = int(tail[lane]) * c.page_size + int(fill[lane])
+                new = len(self.k[layer][lane]) - 1
+                self.slot_of[layer][lane] = {t: s for t, s in self.slot_of[layer][lane].items() if s != slot} | {new: slot}
+                read = {*pages[lane, : n_pages[lane]].tolist(), int(tail[lane])}
+                seen = [t for t, s in self.slot_of[layer][lane].items() if s // c.page_size in read]
+                K, V = self.k[layer][lane][seen], self.v[layer][lane][seen]
+                exact.append(attention(lanes[lane], K, V))
+                tolerances.append(tolerance(lanes[lane], K, V))
+            results.append((out, torch.stack(exact), torch.tensor(tolerances)))
+        c.advance(active)
+        return results
+
+
+def check(results: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Asserts that every output lies within its tolerance of the exact one."""
+    for out, exact, bound in results:
+        error = (out.double() - exact).abs().amax((1, 2))
+        assert (error <= bound).all(), (error, bound)
+
+
+__all__ = ["Bench", "attention", "check", "configs", "full_plan", "kinds", "plan_or_none", "prompts", "random_prefill", "shapes", "tolerance"]

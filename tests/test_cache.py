@@ -1,0 +1,236 @@
+"""The invariants of the design, as properties over random prompts, plans and shapes. Uncompiled; see test_compiled."""
+
+import pytest
+import torch
+from hypothesis import assume, event, given, settings
+from hypothesis import strategies as st
+
+from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
+from hybridkv.pages import bucket
+from tests.lab import Bench, attention, check, configs, kinds, plan_or_none, prompts, random_prefill, shapes
+
+examples = settings(max_examples=150, deadline=None)
+
+
+@examples
+@given(
+    masks=st.lists(prompts(), min_size=1, max_size=3),
+    config=configs,
+    shape=shapes,
+    layers=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    steps=st.integers(1, 40),
+    seed=st.integers(0, 999),
+)
+def test_output_is_dense_attention_with_the_explicit_mask(masks, config, shape, layers, dtype, steps, seed):
+    """From the first token to the last, over page borders, for batches of different lengths and plans."""
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+    prefills = [
+        random_prefill(config, layers, (heads, group, len(m), dim), m, seed + i, dtype) for i, m in enumerate(masks)
+    ]
+    plans = [plan_or_none(p) or full_plan(p) for p in prefills]
+    event(kinds(plans))
+    bench = Bench(prefills, plans, steps, seed)
+    for _ in range(steps):
+        check(bench.step(group))
+
+
+@examples
+@given(mask=prompts(), config=configs, shape=shapes, steps=st.integers(1, 20), seed=st.integers(0, 999))
+def test_everything_kept_is_full_attention(mask, config, shape, steps, seed):
+    """Budget 1.0, and dynamic lanes that retrieve every chunk, see every token: prompt and generated."""
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+    prefill = random_prefill(config, 2, (heads, group, len(mask), dim), mask, seed, torch.float32)
+    plan = plan_or_none(prefill) or full_plan(prefill)
+    if config.budget == 1:
+        assert plan.whole.all()
+    else:  # every lane may read all pages: what was planned as dynamic stays so, and retrieves them all
+        plan.pages[:] = plan.whole_pages
+    bench = Bench([prefill], [plan], steps, seed)
+    for _ in range(min(steps, config.page_size - int(plan.fill.max()))):  # until a dynamic lane closes a page
+        check(bench.step(group))
+        for layer in range(2):
+            for lane in range(heads):
+                assert len(bench.slot_of[layer][lane]) == len(bench.k[layer][lane])
+
+
+@examples
+@given(mask=prompts(), config=configs, shape=shapes, seed=st.integers(0, 999))
+def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
+    """If the tokens left out hold attention mass m, the output moves by at most 2 m max|v|."""
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+    prefill = random_prefill(config, 1, (heads, group, len(mask), dim), mask, seed, torch.float32)
+    plan = plan_or_none(prefill)
+    assume(plan is not None)
+    bench = Bench([prefill], [plan], 1, seed)
+    ((_, kept, _),) = bench.step(group)
+    q = torch.randn(1, heads * group, 1, dim, generator=torch.Generator().manual_seed(seed))  # the bench's first draw
+    for lane in range(heads):
+        k, v = bench.k[0][lane], bench.v[0][lane]
+        query = q.view(-1, group, dim)[lane]
+        full = attention(query, k, v)
+        slots = bench.slot_of[0][lane]
+        sketcher = tuple(t[bench.cache.row[0]] for t in (bench.cache.basis, bench.cache.offset, bench.cache.step))
+        pages, n = bench.cache._pages(torch.tensor(0), q.view(-1, group, dim), sketcher)
+        read = {*pages[lane, : n[lane]].tolist(), slots[len(k) - 1] // config.page_size}
+        seen = [t for t, s in slots.items() if s // config.page_size in read]
+        weights = torch.softmax(query.double() @ k.double().T * dim**-0.5, -1)
+        left_out = 1 - weights[:, seen].sum(-1)
+        moved = (kept[lane] - full).abs().amax(-1)
+        assert (moved <= 2 * left_out * v.double().abs().max() + 1e-9).all()
+
+
+@examples
+@given(
+    masks=st.lists(prompts(), min_size=1, max_size=3), config=configs, shape=shapes, steps=st.integers(0, 50), seed=st.integers(0, 99)
+)
+def test_no_slot_has_two_owners(masks, config, shape, steps, seed):
+    """Each page in use belongs to one lane, as a chunk, a fixed page or a tail; the null page to nobody."""
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+    prefills = [random_prefill(config, 2, (heads, group, len(m), dim), m, seed, torch.float32) for m in masks]
+    plans = [plan_or_none(p) or full_plan(p) for p in prefills]
+    cache = HybridCache(Capacity.of(plans, steps), len(masks), prefills[0])
+    cache.load(prefills, plans, steps)
+    active = torch.ones(len(masks), dtype=torch.bool)
+    for step in range(steps + 1):
+        pages = cache.tail.flatten().tolist()
+        for layer in range(2):
+            for lane in range(len(masks) * heads):
+                pages += cache.chunks[layer, lane, : cache.n_chunks[layer, lane]].tolist()
+                pages += cache.fixed[layer, lane, : cache.n_fixed[layer, lane]].tolist()
+        assert len(set(pages)) == len(pages)
+        assert 0 not in pages and max(pages) < cache.capacity.n_pages
+        retrieved = {p for p in cache.chunks.flatten().tolist() if p}
+        assert all(p < cache.capacity.n_store for p in retrieved)
+        assert (cache.fill < config.page_size).all()
+        if step < steps:
+            cache.advance(active)
+
+
+@examples
+@given(mask=prompts(400), config=configs, shape=shapes, layers=st.integers(1, 4), seed=st.integers(0, 999))
+def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, seed):
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+    prefill = random_prefill(config, layers, (heads, group, len(mask), dim), mask, seed, torch.float32)
+    always = (~prefill.prunable).nonzero()[:, 0].tolist()
+    try:
+        plan = hybrid_plan(prefill)
+    except BudgetError as error:
+        assert "can't be met" in str(error)
+        return
+    bench = Bench([prefill], [plan], 1, seed)
+    cost = bench.cache.count_bytes()
+    if config.budget < 1:
+        assert cost.step <= config.budget * cost.full
+    assert cost.resident <= cost.allocated
+    for layer in range(layers):
+        for lane in range(heads):
+            assert set(always) <= set(bench.slot_of[layer][lane])  # sinks, question and recent tokens are there
+            whole = plan.whole[layer, lane]
+            if whole or plan.dynamic[layer, lane]:
+                assert len(bench.slot_of[layer][lane]) == len(mask)  # nothing is dropped
+            else:
+                assert len(bench.slot_of[layer][lane]) == int(plan.pages[layer, lane]) * config.page_size
+    # Always-kept tokens are never left to retrieval.
+    for layer, lane in plan.dynamic.nonzero().tolist():
+        chunks = set(bench.cache.chunks[layer, lane, : bench.cache.n_chunks[layer, lane]].tolist())
+        chunks.add(int(bench.cache.tail[layer, lane]))
+        assert all(bench.slot_of[layer][lane][t] // config.page_size not in chunks for t in always)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    masks=st.lists(prompts(), min_size=2, max_size=3), config=configs, shape=shapes, seed=st.integers(0, 99), steps=st.integers(1, 25)
+)
+def test_a_batch_is_each_sequence_alone(masks, config, shape, seed, steps):
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+
+    def prefill(i: int) -> Prefill:
+        return random_prefill(config, 2, (heads, group, len(masks[i]), dim), masks[i], seed + i, torch.float32)
+
+    plans = [plan_or_none(prefill(i)) or full_plan(prefill(i)) for i in range(len(masks))]
+    together = Bench([prefill(i) for i in range(len(masks))], plans, steps, seed)
+    alone = [Bench([prefill(i)], [plans[i]], steps, seed) for i in range(len(masks))]
+    draws = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for layer in range(2):
+            q, k, v = (
+                torch.randn(len(masks), n, 1, dim, generator=draws) for n in (heads * group, heads, heads)
+            )
+            out = together.cache[layer](q, k, v)
+            for i, single in enumerate(alone):
+                # The same numbers in the same order; only how many share a call differs.
+                torch.testing.assert_close(out[i : i + 1], single.cache[layer](q[i : i + 1], k[i : i + 1], v[i : i + 1]))
+        together.cache.advance(torch.ones(len(masks), dtype=torch.bool))
+        for single in alone:
+            single.cache.advance(torch.ones(1, dtype=torch.bool))
+
+
+def test_an_ended_sequence_takes_no_more_pages():
+    config = HybridConfig(budget=0.5)
+    mask = torch.arange(200) < 190
+    prefills = [random_prefill(config, 2, (2, 2, 200, 16), mask, i, torch.float32) for i in range(2)]
+    bench = Bench(prefills, [hybrid_plan(p) for p in prefills], 100)
+    before = bench.cache.tail.clone()
+    for _ in range(100):
+        bench.cache.advance(torch.tensor([True, False]))
+    assert (bench.cache.tail[:, :2] != before[:, :2]).all()
+    assert (bench.cache.tail[:, 2:] == before[:, 2:]).all()
+
+
+def test_generated_pages_become_retrievable_for_dynamic_lanes_and_fixed_for_static_ones():
+    config = HybridConfig(budget=0.5, recent=0)
+    mask = torch.arange(256) < 240
+    prefill = random_prefill(config, 2, (2, 2, 256, 16), mask, 0, torch.float32)
+    plan = hybrid_plan(prefill)
+    bench = Bench([prefill], [plan], 64)
+    for _ in range(33):
+        check(bench.step(2))
+    dynamic = plan.dynamic
+    assert dynamic.any() and not dynamic.all()
+    assert (bench.cache.n_chunks == (plan.n_chunks + dynamic * 2)).all()
+    assert (bench.cache.n_fixed == (plan.n_fixed + ~dynamic * 2)).all()
+    cost = bench.cache.count_bytes()
+    assert cost.new == 3 * 4 * bench.cache.costs.page + int(dynamic.sum()) * 3 * bench.cache.costs.sketch
+
+
+def test_loading_another_prompt_replaces_the_first():
+    config = HybridConfig(budget=0.5)
+    shapes = [(2, 2, 300, 16), (2, 2, 260, 16)]
+    first, second = (
+        random_prefill(config, 2, s, torch.arange(s[2]) < s[2] - 20, i, torch.float32) for i, s in enumerate(shapes)
+    )
+    bench = Bench([first], [hybrid_plan(first)], 40)
+    for _ in range(20):
+        bench.step(2)
+    plan = hybrid_plan(second)
+    fresh = Bench([random_prefill(config, 2, shapes[1], torch.arange(260) < 240, 1, torch.float32)], [plan], 40)
+    bench.cache.load([second], [plan], 40)
+    for layer in range(2):
+        q, k, v = (torch.randn(1, n, 1, 16) for n in (4, 2, 2))
+        torch.testing.assert_close(bench.cache[layer](q, k, v), fresh.cache[layer](q, k, v))
+
+
+def test_load_frees_the_dense_tensors_and_checks_its_arguments():
+    config = HybridConfig(budget=0.5)
+    prefill = random_prefill(config, 1, (2, 1, 200, 16), torch.arange(200) < 180, 0, torch.float32)
+    plan = hybrid_plan(prefill)
+    cache = HybridCache(Capacity.of([plan], 8), 1, prefill)
+    with pytest.raises(ValueError, match="holds 1 sequences"):
+        cache.load([prefill, prefill], [plan, plan], 8)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.load([prefill], [plan], 5000)
+    cache.load([prefill], [plan], 8)
+    assert prefill.layers == [None]
+
+
+@given(st.integers(1, 10**7))
+def test_bucket_wastes_at_most_an_eighth(n):
+    assert n <= bucket(n) <= n * 9 / 8 + 1
+    assert bucket(bucket(n)) == bucket(n)
