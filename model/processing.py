@@ -218,10 +218,12 @@ class Processor:
 
     def _patches(self, pictures: list[Image.Image], low: int | None, high: int | None) -> tuple[Tensor, tuple[int, int]]:
         """Patches (F, N, patch_dim) of pictures of one size, and their grid (h, w)."""
-        size = self.image_processor.size
-        size = {"shortest_edge": low or size["shortest_edge"], "longest_edge": high or size["longest_edge"]}
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise InputError(f"min_pixels {size['shortest_edge']} is above max_pixels {size['longest_edge']}")
+        default = self.image_processor.size
+        if low and high and low > high:
+            raise InputError(f"min_pixels {low} is above max_pixels {high}")
+        high = high or max(low or 0, default["longest_edge"])
+        low = low or min(high, default["shortest_edge"])
+        size = {"shortest_edge": low, "longest_edge": high}
         try:
             out = self.image_processor(images=pictures, size=size, return_tensors="pt")
         except ValueError as e:
@@ -239,8 +241,8 @@ class Processor:
         step = self.cfg.vision.temporal_patch_size
         frames += [frames[-1]] * (-len(frames) % step)
         grid_t = len(frames) // step
-        low = low or FRAME_PIXELS_MIN
-        high = high or max(low, min(FRAME_PIXELS, math.floor(VIDEO_PIXELS / grid_t)))
+        high = high or max(low or FRAME_PIXELS_MIN, min(FRAME_PIXELS, math.floor(VIDEO_PIXELS / grid_t)))
+        low = low or min(high, FRAME_PIXELS_MIN)
         pixels, (h, w) = self._patches(frames, low, high)
         # The image processor fills a still picture's patch with `step` copies of it: keep one from each frame.
         c = self.cfg.vision.in_channels

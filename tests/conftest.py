@@ -1,0 +1,49 @@
+"""Fixtures: tiny checkpoints, made once for the whole run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo import tiny_vlm
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint folder in the published Qwen2.5-VL layout, with an untied output."""
+    folder = tmp_path_factory.mktemp("vlm")
+    tiny_vlm.save(folder, tiny_vlm.config(layers=2, hidden_size=96, tie=False))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny text-only Llama-style checkpoint, written by transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=tiny_vlm.token_id("<|im_end|>"),
+    )
+    model = LlamaForCausalLM(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(folder)
+    tiny_vlm.save_processing(folder)
+    return folder
