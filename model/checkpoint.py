@@ -26,7 +26,7 @@ def resolve(name: str | Path) -> Path:
         return folder
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file: give the folder that holds config.json and the safetensors files")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir() and str(name).startswith((".", "~", "/")):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise CheckpointError(f"{name} is neither a folder nor a Hub name such as Qwen/Qwen2.5-VL-3B-Instruct")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
