@@ -1,0 +1,171 @@
+"""The compiled step: same results as uncompiled, one graph, no recompilation, no copy of the pool, no host sync."""
+
+import functools
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+import hybridkv.attention as attention_module
+from demo.tiny_vlm import random_model, config as tiny_config
+from hybridkv import Engine, HybridConfig, Sampling
+from hybridkv.attention import attend_gathered, attend_pages, tail_first
+from hybridkv.decode import DecodeState, decode_step
+from model import Prompt
+
+POOL, LAYERS, LANES, DIM = 40, 2, 3, 16
+
+
+@functools.cache
+def compiled_attention(page_size: int, gpu_lists: bool):
+    """`attend_pages`, compiled once for each of its variants; `gpu_lists` takes the block lists of the GPU path."""
+
+    def lists_of_gpu(pages, n_pages, tail, pool_pages):
+        pages = F.pad(pages, (0, pool_pages - 1 - pages.shape[1]))  # the CPU kernel wants a list as wide as the pool
+        return tail_first(pages, n_pages, tail)
+
+    def run(*args):
+        apart = attention_module.tail_apart
+        if gpu_lists:
+            attention_module.tail_apart = lists_of_gpu
+        try:
+            return attend_pages(*args, page_size)
+        finally:
+            attention_module.tail_apart = apart
+
+    return torch.compile(run, fullgraph=True, dynamic=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([(16, False, 2), (32, False, 2), (16, True, 2), (16, False, 7)]), st.integers(0, 10**6))
+def test_compiled_attention_reads_exactly_the_listed_pages(variant, seed):
+    """Against the gathered twin: random lists, counts, tails and fills, in every variant of lists and page size."""
+    page_size, gpu_lists, group = variant
+    generator = torch.Generator().manual_seed(seed)
+
+    def randint(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator).int()
+
+    keys, values = (torch.randn(1, 1, POOL * page_size, DIM, generator=generator) for _ in range(2))
+    owner = torch.randperm(POOL - 1, generator=generator)[: LANES * 12].view(LANES, 12).int() + 1
+    pages, n_pages = owner[:, :11].contiguous(), randint(0, 12, LANES)
+    tail = randint(1, POOL, LAYERS, LANES)
+    tail[1] = owner[:, 11]
+    fill = randint(0, page_size, LAYERS, LANES)
+    q = torch.randn(LANES, 1, group, DIM, generator=generator)
+    args = (q, keys, values, pages, n_pages, tail, fill, torch.tensor(1))
+    out = compiled_attention(page_size, gpu_lists)(*args)
+    # Softmax and sums over at most 12 pages in float32, in another order: a few units in the last place of max|v|.
+    bound = 12 * page_size * torch.finfo(torch.float32).eps * float(values.abs().max())
+    torch.testing.assert_close(out, attend_gathered(*args, page_size), atol=bound, rtol=0)
+
+
+def prompt(tokens: int, seed: int) -> Prompt:
+    """Text only, as far as the model is concerned; all but the ends is prunable."""
+    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(seed))
+    prunable = (torch.arange(tokens) > 3) & (torch.arange(tokens) < tokens - 20)
+    return Prompt(ids, prunable, 0, None, [], [])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config(layers=3, hidden_size=96, heads=7, kv_heads=1, head_dim=16, tie=False))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    """One compiled engine for the module: two sequences, G = 7, hybrid. Its first generation compiles."""
+    engine = Engine(model, HybridConfig(budget=0.3))
+    counters.clear()
+    engine.generate([prompt(900, 0), prompt(700, 1)], 60)
+    assert engine.stats.dynamic_heads and engine.stats.static_heads
+    return engine
+
+
+def test_compiled_tokens_are_the_uncompiled_tokens(model, engine):
+    prompts = [prompt(900, 0), prompt(700, 1)]
+    expected = Engine(model, HybridConfig(budget=0.3), compile=False).generate(prompts, 60)
+    actual = engine.generate(prompts, 60)
+    assert [r.token_ids for r in actual] == [r.token_ids for r in expected]
+    assert len(set(expected[0].token_ids)) > 5
+
+
+def test_one_graph_and_no_recompilation_over_long_generations_and_other_prompts(engine):
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+    cache = engine.cache
+    with torch.compiler.set_stance("fail_on_recompile"):
+        engine.generate([prompt(900, 2), prompt(700, 3)], 60)
+        engine.generate([prompt(780, 4), prompt(905, 5)], [60, 7])  # other lengths, other limits, same bucket
+    assert engine.cache is cache
+
+
+def test_a_longer_prompt_gets_a_larger_cache(model, engine):
+    small = Engine(model, HybridConfig(budget=0.3), compile=False)
+    small.generate([prompt(700, 0)], 4)
+    before = small.cache
+    small.generate([prompt(1500, 0)], 4)
+    assert small.cache is not before and small.cache.capacity.n_pages > before.capacity.n_pages
+
+
+@pytest.fixture(scope="module")
+def generated_code(model, engine):
+    """What the compiler made of a step whose pool and sketches are larger than any activation."""
+    other = Engine(model, HybridConfig(budget=0.3), compile=False)
+    other.generate([prompt(2000, 0)], 4)
+    torch._dynamo.reset()
+    step = torch.compile(decode_step, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        _, code = run_and_get_code(step, model, other.cache, other.state, True)
+    return "\n".join(code), other.cache
+
+
+def test_nothing_of_the_size_of_the_pool_is_allocated(generated_code):
+    code, cache = generated_code
+    sizes = [
+        math.prod(int(n) for n in shape.split(",") if n.strip())
+        for shape in re.findall(r"empty_strided\w*\(\(([\d, ]*)\)", code)
+    ]
+    assert len(sizes) > 10
+    assert max(sizes) < cache.sketch.numel() < cache.keys.numel()
+    assert "clone(" not in code.split("async_compile.wait")[1]
+
+
+def test_layers_share_one_compiled_region(generated_code):
+    code, _ = generated_code
+    assert code.count("std::vector<int> kv_indice_list(") == 1  # the loop of FlexAttention's CPU kernel
+
+
+def test_no_step_waits_for_the_device(generated_code):
+    code, _ = generated_code
+    assert ".item()" not in code and "_local_scalar_dense" not in code
+
+
+@pytest.mark.parametrize("policy", ["full", "dense"])
+def test_the_full_caches_compiled(model, policy):
+    prompts = [prompt(150, 0), prompt(90, 1)]
+    expected = Engine(model, policy=policy, compile=False).generate(prompts, 20)
+    compiled = Engine(model, policy=policy)
+    assert [r.token_ids for r in compiled.generate(prompts, 20)] == [r.token_ids for r in expected]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled.generate([prompt(140, 2), prompt(88, 3)], 20)
+
+
+def test_compiled_sampling_draws_what_uncompiled_draws(model):
+    prompts, sampling = [prompt(80, 0)], Sampling(temperature=0.8, top_p=0.9, seed=3)
+    expected = Engine(model, policy="dense", compile=False).generate(prompts, 24, sampling)
+    actual = Engine(model, policy="dense").generate(prompts, 24, sampling)
+    assert actual[0].token_ids == expected[0].token_ids
+
+
+def test_state_is_only_buffers():
+    """CUDA graphs keep the addresses of buffers; a plain tensor attribute would be copied at every step."""
+    state = DecodeState(2, 8, [1], torch.device("cpu"))
+    plain = [name for name, value in vars(state).items() if isinstance(value, torch.Tensor)]
+    assert not plain and len(list(state.buffers())) == 8

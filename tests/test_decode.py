@@ -1,0 +1,141 @@
+"""The engine: batches, stops, sampling, statistics, and use from other code bases. Uncompiled."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from demo.tiny_vlm import config as tiny_config
+from demo.tiny_vlm import random_model
+from hybridkv import Engine, HybridConfig, Sampling
+from hybridkv.decode import sample
+from tests.test_compiled import prompt
+
+NANOGPT = Path(__file__).parent.parent / "examples" / "nanogpt.py"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config(layers=2, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "full", "dense"])
+def test_a_batch_answers_like_each_prompt_alone(model, policy):
+    """Different lengths, limits and ends; each its own plan."""
+    config, prompts, limits = HybridConfig(budget=0.4), [prompt(n, n) for n in (400, 150, 260)], [30, 12, 21]
+    alone = [Engine(model, config, policy, compile=False).generate([p], n)[0] for p, n in zip(prompts, limits, strict=True)]
+    ends = [alone[0].token_ids[10]]  # some token that ends the first early
+    together = Engine(model, config, policy, eos=ends, compile=False).generate(prompts, limits)
+    for one, many in zip(alone, together, strict=True):
+        expected = one.token_ids
+        if ends[0] in expected:
+            expected = expected[: expected.index(ends[0])]
+        assert many.token_ids == expected
+        assert many.finished == (ends[0] in one.token_ids)
+    assert together[0].finished
+
+
+def test_budget_one_is_the_full_cache(model):
+    prompts = [prompt(300, 0)]
+    full = Engine(model, policy="full", compile=False).generate(prompts, 40)
+    hybrid = Engine(model, HybridConfig(budget=1.0), compile=False).generate(prompts, 40)
+    assert hybrid[0].token_ids == full[0].token_ids
+
+
+def test_a_compressed_cache_is_not_the_full_cache(model):
+    """The budget does something: a random model, whose attention is spread, answers otherwise."""
+    prompts = [prompt(900, 0)]
+    full = Engine(model, policy="full", compile=False).generate(prompts, 20)
+    hybrid = Engine(model, HybridConfig(budget=0.2), compile=False).generate(prompts, 20)
+    assert hybrid[0].token_ids != full[0].token_ids
+
+
+def test_stream_yields_none_for_ended_sequences(model):
+    engine = Engine(model, policy="full", compile=False)
+    steps = list(engine.stream([prompt(60, 0), prompt(70, 1)], [2, 5]))
+    assert [a is None for a, _ in steps] == [False, False, True, True, True]
+    assert all(b is not None for _, b in steps) and len(steps) == 5
+
+
+def test_statistics(model):
+    engine = Engine(model, HybridConfig(budget=0.3), compile=False)
+    layers = []
+    list(engine.stream([prompt(600, 0)], 8, on_layer=lambda: layers.append(1)))
+    stats = engine.stats
+    assert len(layers) == 2
+    assert stats.static_heads == stats.dynamic_heads == 2
+    assert stats.bytes.step <= 0.3 * stats.bytes.full < stats.bytes.resident < stats.bytes.full
+    assert stats.attended_tokens < 0.3 * 600
+    assert stats.ttft_s > 0 and stats.ms_per_token > 0 and stats.bytes.new > 0
+    list(engine.stream([prompt(600, 0)], 1))
+    assert engine.stats.ms_per_token is None  # nothing to measure
+
+
+def test_bad_calls(model):
+    with pytest.raises(ValueError, match="policy must be one of"):
+        Engine(model, policy="magic")
+    engine = Engine(model, compile=False)
+    for prompts, limits in (([], 4), ([prompt(60, 0)], 0), ([prompt(60, 0)], [4, 4])):
+        with pytest.raises(ValueError, match="at least one"):
+            engine.generate(prompts, limits)
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=-1)
+    with pytest.raises(ValueError, match="top_p"):
+        Sampling(top_p=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 40), st.floats(0.2, 3), st.floats(0.05, 1), st.integers(0, 999))
+def test_samples_come_from_the_smallest_set_that_reaches_top_p(vocab, temperature, top_p, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, vocab, generator=generator) * 3
+    p = (logits[0] / temperature).softmax(-1)
+    order = p.argsort(descending=True).tolist()
+    nucleus, reached = [], 0.0
+    while reached < top_p - 1e-5 and len(nucleus) < vocab:
+        nucleus.append(order[len(nucleus)])
+        reached += float(p[nucleus[-1]])
+    noise = torch.rand(200, generator=generator)
+    drawn = sample(logits.expand(200, -1), torch.tensor(temperature), torch.tensor(top_p), noise)
+    # A token whose inclusion hangs on the last bits may be in or out.
+    assert set(drawn.tolist()) <= set(order[: len(nucleus) + 1])
+    assert sample(logits, torch.tensor(temperature), torch.tensor(top_p), torch.zeros(1)).tolist() == order[:1]
+
+
+def test_samples_follow_their_probabilities():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    noise = (torch.arange(1000) + 0.5) / 1000  # every quantile once
+    drawn = sample(logits.expand(1000, -1), torch.tensor(1.0), torch.tensor(1.0), noise)
+    assert drawn.bincount().tolist() == pytest.approx([500, 300, 200], abs=1)
+    drawn = sample(logits.expand(1000, -1), torch.tensor(1.0), torch.tensor(0.6), noise)
+    assert drawn.bincount().tolist() == pytest.approx([625, 375], abs=1)
+
+
+def test_seeds(model):
+    engine = Engine(model, policy="dense", compile=False)
+
+    def answer(seed: int) -> list[int]:
+        return engine.generate([prompt(60, 0)], 12, Sampling(1.0, 1.0, seed))[0].token_ids
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_nanogpt_example(capsys, monkeypatch):
+    """The file in examples/ runs, and both policies print their tokens."""
+    import hybridkv
+
+    class Uncompiled(Engine):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, compile=False)
+
+    monkeypatch.setattr(hybridkv, "Engine", Uncompiled)
+    runpy.run_path(str(NANOGPT), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "full   reads 100" in out and re_hybrid(out) < 25.1
+
+
+def re_hybrid(out: str) -> float:
+    return float(out.split("hybrid reads ")[1].split("%")[0])

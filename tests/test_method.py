@@ -1,0 +1,269 @@
+"""The decisions, one by one: profile, classify, budget, prune, retrieve. Each against its slow, obvious twin."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from hybridkv import BudgetError, HybridConfig, Prefill, full_plan, hybrid_plan
+from hybridkv.budget import allocate, split
+from hybridkv.classify import classify, ranks, settled_share
+from hybridkv.plan import Costs
+from hybridkv.profile import jaccard_overlap, window_rows
+from hybridkv.prune import keep_order, pooled
+from hybridkv.retrieve import chunk_scores, encode, fit_sketch, pack_sketch, select
+from tests.lab import configs, prompts, random_prefill, shapes
+
+examples = settings(max_examples=100, deadline=None)
+
+
+# profile
+
+
+@examples
+@given(mask=prompts(200), config=configs, shape=shapes, seed=st.integers(0, 99))
+def test_profile_is_what_dense_attention_says(mask, config, shape, seed):
+    heads, group, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    tokens = len(mask)
+    q, k, v = (torch.randn(1, n, tokens, dim, generator=generator) for n in (heads * group, heads, heads))
+    prefill = Prefill(mask, config)
+    out = prefill[0](q, k, v)
+    weights = (q @ k.repeat_interleave(group, 1).mT * dim**-0.5).masked_fill(
+        torch.ones(tokens, tokens).triu(1).bool(), float("-inf")
+    ).softmax(-1)
+    torch.testing.assert_close(out, weights @ v.repeat_interleave(group, 1))
+
+    prunable = prefill.prunable
+    assert not prunable[: config.sinks].any() and not prunable[max(0, tokens - config.recent) :].any()
+    assert (prunable <= mask).all()
+    seen = [t for t in range(tokens) if not prunable[t] and prunable[:t].any()][-config.window :]
+    assert window_rows(prunable, config.window).tolist() == seen
+    layer = prefill.layers[0]
+    window = weights[0].view(heads, group, tokens, tokens)[:, :, seen]  # (H, G, W, T)
+    if seen:
+        torch.testing.assert_close(layer.score, window.flatten(1, 2).amax(1))
+        torch.testing.assert_close(layer.context_mass, window[..., prunable].sum(-1).mean((1, 2)))
+    else:
+        assert not layer.score.any() and not layer.context_mass.any()
+    assert ((layer.overlap >= 0) & (layer.overlap <= 1 + 1e-6)).all()
+
+
+def test_overlap_of_known_sets():
+    p = torch.tensor([[9.0, 8, 0, 0, 0, 0], [9, 0, 8, 0, 0, 0], [0, 0, 0, 0, 9, 8]])  # top pairs {0,1}, {0,2}, {4,5}
+    assert jaccard_overlap(p, 2 / 6) == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert jaccard_overlap(p[:1], 0.5) == 1
+    assert jaccard_overlap(p[:, :0], 0.5) == 1
+
+
+def test_without_a_mask_the_end_of_the_prompt_is_the_question():
+    config = HybridConfig(window=10, sinks=2, recent=5)
+    prefill = random_prefill(config, 1, (1, 1, 100, 8), None, 0, torch.float32)
+    assert prefill.prunable.nonzero()[:, 0].tolist() == list(range(2, 90))
+
+
+def test_prefill_refuses_what_it_can_not_record():
+    q, k = torch.randn(1, 4, 30, 8), torch.randn(1, 2, 30, 8)
+    cases = [
+        (0, (q, k, k[:, :, :5]), "one sequence"),
+        (0, (q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1)), "one sequence"),
+        (0, (q[:, :3], k, k), "dividing"),
+        (1, (q, k, k), "layer 1 called after 0"),
+    ]
+    for layer, qkv, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Prefill(None, HybridConfig())[layer](*qkv)
+    with pytest.raises(ValueError, match="prunable has shape"):
+        Prefill(torch.ones(7, dtype=torch.bool), HybridConfig())[0](q, k, k)
+
+
+# classify
+
+
+def test_heads_that_look_at_the_context_and_move_are_dynamic():
+    mass = torch.tensor([[0.1, 0.9], [0.8, 0.9]])
+    overlap = torch.tensor([[0.1, 0.9], [0.2, 0.1]])  # (little context), (stays), (moves), (moves more)
+    assert classify(mass, overlap, 0.5, 0.9).tolist() == [[False, False], [True, True]]
+    assert classify(mass, overlap, 0.25, 0.9).tolist() == [[False, False], [False, True]]
+    assert classify(mass, overlap, None, 0.9).tolist() == [[False, False], [True, True]]
+    assert settled_share(mass, overlap)[1, 1] == pytest.approx(1 - 0.9 * 0.9)
+
+
+@examples
+@given(st.integers(1, 6), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99), st.booleans())
+def test_share_is_met_exactly_whatever_the_scores(layers, heads, share, seed, ties):
+    mass, overlap = torch.rand(2, layers, heads, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        mass, overlap = mass.round(), overlap.round()
+    assert int(classify(mass, overlap, share, 0.9).sum()) == round(share * layers * heads)
+    assert sorted(ranks(mass).flatten().tolist()) == list(range(layers * heads))
+
+
+# budget
+
+
+@st.composite
+def splits(draw):
+    n = draw(st.integers(1, 30))
+    floor = torch.tensor(draw(st.lists(st.integers(0, 9), min_size=n, max_size=n)))
+    cap = floor + torch.tensor(draw(st.lists(st.integers(0, 99), min_size=n, max_size=n)))
+    weight = torch.tensor(draw(st.lists(st.floats(0.01, 100), min_size=n, max_size=n)))
+    return draw(st.integers(int(floor.sum()), int(cap.sum()) + 10)), weight, floor, cap
+
+
+@settings(max_examples=300, deadline=None)
+@given(splits())
+def test_split_is_exact_within_bounds_and_proportional(case):
+    total, weight, floor, cap = case
+    pages = split(total, weight, floor, cap)
+    assert int(pages.sum()) == min(total, int(cap.sum()))
+    assert (pages >= floor).all() and (pages <= cap).all()
+    free = (pages > floor) & (pages < cap)
+    if free.sum() > 1:  # between the bounds, shares follow the weights up to one page
+        level = pages[free].double() / weight[free].double()
+        page = 1 / weight[free].double()
+        assert ((level - page)[:, None] <= (level + page)[None, :] + 1e-6).all()
+
+
+def test_split_refuses_less_than_the_floors():
+    with pytest.raises(BudgetError, match="can't hold floors"):
+        split(3, torch.ones(2), torch.tensor([2, 2]), torch.tensor([9, 9]))
+
+
+@examples
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 999), st.sampled_from([0.5, 1.0, 2.0]))
+def test_allocation_is_exact_at_every_level(layers, heads, seed, dynamic_weight):
+    generator = torch.Generator().manual_seed(seed)
+    floor = torch.randint(0, 4, (layers, heads), generator=generator)
+    cap = floor + torch.randint(0, 40, (layers, heads), generator=generator)
+    dynamic = torch.rand(layers, heads, generator=generator) < 0.5
+    total = int(torch.randint(int(floor.sum()), int(cap.sum()) + 3, (), generator=generator))
+    pages = allocate(total, dynamic, torch.ones(layers, heads), floor, cap, dynamic_weight)
+    assert int(pages.sum()) == min(total, int(cap.sum()))
+    assert (pages >= floor).all() and (pages <= cap).all()
+
+
+def test_dynamic_weight_divides_between_the_types():
+    dynamic = torch.tensor([[True, False], [False, True]])
+    free = torch.zeros(2, 2, dtype=torch.long), torch.full((2, 2), 1000)
+    assert allocate(120, dynamic, torch.ones(2, 2), *free, 2.0).tolist() == [[40, 20], [20, 40]]
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.2, 0.5])
+def test_the_budget_is_spent_to_the_page(budget):
+    """At most one page, and what tables were charged too much, is left of the budget."""
+    config = HybridConfig(budget=budget, dynamic_share=0.5)
+    prefill = random_prefill(config, 4, (4, 2, 2000, 32), torch.arange(2000) < 1960, 0, torch.float32)
+    plan, costs = hybrid_plan(prefill), Costs.of(config, 32, torch.float32)
+    full = 2000 * 16 * 2 * 32 * 4
+    tables = 16 * (plan.whole_pages + 1) * costs.entry
+    assert budget * full - costs.page - tables < plan.step_bytes(costs) <= budget * full
+
+
+def test_an_impossible_budget_says_what_is_possible():
+    config = HybridConfig(budget=0.1)
+    prefill = random_prefill(config, 2, (2, 2, 300, 32), torch.arange(300) < 200, 0, torch.float32)
+    with pytest.raises(BudgetError, match=r"104 of the 300 prompt tokens .* takes (0\.\d+)") as error:
+        hybrid_plan(prefill)
+    least = float(str(error.value).split("takes ")[1].split()[0])
+    enough = HybridConfig(budget=least)
+    plan = hybrid_plan(random_prefill(enough, 2, (2, 2, 300, 32), torch.arange(300) < 200, 0, torch.float32))
+    assert plan.dynamic.any()
+
+
+def test_nothing_to_prune_needs_the_full_cache():
+    prefill = random_prefill(HybridConfig(), 1, (1, 1, 50, 8), torch.zeros(50, dtype=torch.bool), 0, torch.float32)
+    with pytest.raises(BudgetError, match="50 of the 50 prompt tokens"):
+        hybrid_plan(prefill)
+    assert full_plan(prefill).whole.all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48), dict(dynamic_share=1.5), dict(threshold=-1),
+        dict(dynamic_weight=0), dict(sketch_rank=0), dict(window=0), dict(top_share=0), dict(pool=4), dict(sinks=-1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_configurations_that_make_no_sense(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        HybridConfig(**wrong)
+
+
+def test_a_sketch_can_not_have_more_dimensions_than_the_keys():
+    with pytest.raises(ValueError, match="sketch_rank 64 is above head_dim 32"):
+        HybridConfig(sketch_rank=64).rank(32)
+
+
+# prune
+
+
+def test_kept_tokens_are_those_the_text_points_at_with_their_neighbours():
+    score = torch.tensor([[0.0, 0.9, 0.1, 0.0, 0.0, 0.0, 0.8, 0.0, 1.0]])
+    prunable = torch.tensor([False] + [True] * 7 + [False])
+    assert keep_order(score, prunable, 1)[0].tolist()[:4] == [0, 8, 1, 6]
+    assert set(keep_order(score, prunable, 3)[0, :4].tolist()) == {0, 8, 1, 2}  # 1, and 2 beside it; 8 lends nothing
+    assert pooled(score, 3)[0].tolist() == pytest.approx([0.9, 0.9, 0.9, 0.1, 0.0, 0.8, 0.8, 1.0, 1.0])
+
+
+# retrieve
+
+
+@examples
+@given(st.integers(1, 3), st.integers(20, 200), st.sampled_from([8, 32]), st.integers(0, 99))
+def test_a_full_rank_sketch_is_a_rotation(lanes, tokens, dim, seed):
+    """With all dimensions only int8 rounding is lost: half a step in each coordinate."""
+    k = torch.randn(lanes, tokens, dim, generator=torch.Generator().manual_seed(seed))
+    basis, offset, step = fit_sketch(k, dim)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(dim).expand(lanes, -1, -1), atol=1e-4, rtol=0)
+    z = encode(k, basis, offset, step)
+    assert z.dtype == torch.int8 and int(z.abs().max()) == 127
+    back = z * step[:, None] + offset[:, None]
+    assert ((back - k @ basis).abs() <= step[:, None] * 0.5001 + 1e-5).all()
+
+
+@examples
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 12), st.sampled_from([16, 32]), st.integers(0, 99))
+def test_chunk_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group, chunks, page_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dim, rank, tokens = 16, 4, chunks * page_size
+    q = torch.randn(lanes, group, dim, generator=generator)
+    k = torch.randn(lanes, tokens, dim, generator=generator)
+    basis, offset, step = fit_sketch(k, rank)
+    z = encode(k, basis, offset, step)
+    pool = torch.zeros(1 + lanes * chunks, rank, page_size, dtype=torch.int8)
+    table = torch.randperm(lanes * chunks, generator=generator).view(lanes, chunks) + 1
+    for lane in range(lanes):
+        pool[table[lane]] = pack_sketch(z[lane], page_size)
+    valid = torch.randint(0, chunks + 1, (lanes,), generator=generator)
+    scores = chunk_scores(q, pool, table, valid, basis, step)
+
+    approximate = (z * step[:, None] + offset[:, None]) @ basis.mT  # (L, T, D)
+    for lane in range(lanes):
+        n = int(valid[lane])
+        assert (scores[lane, n:] == -1).all()
+        if n:
+            weights = (q[lane] @ approximate[lane, : n * page_size].T * dim**-0.5).softmax(-1)
+            mass = weights.view(group, n, page_size).sum(-1).mean(0)
+            torch.testing.assert_close(scores[lane, :n], mass, atol=1e-5, rtol=1e-4)
+            assert set(select(scores, table, 1)[lane].tolist()) == {int(table[lane, scores[lane].argmax()])}
+
+
+def test_the_sketch_finds_most_of_the_attention():
+    """A tenth of the chunks, chosen by a sketch of a quarter of the dimensions, against the best tenth."""
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.logspace(0, -1.5, 64)  # the variance of real keys falls fast over their principal directions
+    k = (torch.randn(4000, 64, generator=generator) * spectrum @ torch.randn(64, 64, generator=generator))[None]
+    q = torch.randn(1, 50, 64, generator=generator) * 0.5
+    basis, offset, step = fit_sketch(k, 16)
+    pool, table = pack_sketch(encode(k, basis, offset, step)[0], 16), torch.arange(250)[None]
+    exact = (q[0] @ k[0].T * 64**-0.5).softmax(-1).view(50, 250, 16).sum(-1)
+    found = best = 0.0
+    for i in range(50):
+        chosen = select(chunk_scores(q[:, i : i + 1], pool, table, torch.tensor([250]), basis, step), table, 25)[0]
+        found += float(exact[i, chosen].sum())
+        best += float(exact[i].topk(25).values.sum())
+    assert best > 2 * 50 * 0.1  # attention is not spread evenly: a random tenth would find a tenth
+    assert found > 0.9 * best
