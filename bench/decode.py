@@ -24,6 +24,8 @@ from hybridkv.profile import LayerProfile, Prefill
 from model.config import Config
 from model.decoder import Model
 
+COLUMNS = ("ms/step", "spread", "MB read", "GB/s", "speed-up", "compile s")
+
 
 def random_model(args: argparse.Namespace) -> Model:
     cfg = Config(
@@ -58,26 +60,28 @@ def random_prefill(model: Model, tokens: int, config: HybridConfig) -> Prefill:
     return prefill
 
 
-def ready(model: Model, policy: str, config: HybridConfig, args: argparse.Namespace, context: int) -> tuple[Engine, float]:
+def ready(
+    model: Model, policy: str, config: HybridConfig, args: argparse.Namespace, context: int
+) -> tuple[Engine, float]:
     """An engine with `batch` contexts loaded and its step compiled, and the seconds that compiling took."""
     engine = Engine(model, config, policy)
     new_tokens = 8 + args.steps
     prefills = [random_prefill(model, context, config) for _ in range(args.batch)]
     with torch.no_grad():
         engine.load(prefills, new_tokens)
-        engine._reset(model.device, [context] * args.batch, [new_tokens] * args.batch, Sampling())
+        engine.begin([context] * args.batch, new_tokens, Sampling(), model.device)
         start = time.perf_counter()
-        engine._step(model, engine.cache, engine.state, True).tolist()
+        engine.step().tolist()
         compile_s = time.perf_counter() - start
         for _ in range(3):  # CUDA graphs are recorded on the second call
-            engine._step(model, engine.cache, engine.state, True).tolist()
+            engine.step().tolist()
     return engine, compile_s
 
 
 @torch.no_grad()
 def step_ms(engine: Engine) -> float:
     start = time.perf_counter()
-    engine._step(engine.model, engine.cache, engine.state, True).tolist()
+    engine.step().tolist()
     return (time.perf_counter() - start) * 1e3
 
 
@@ -102,10 +106,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = random_model(args)
-    machine = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
+    machine = (
+        torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
+    )
     command = "python -m bench.decode " + " ".join(sys.argv[1:])
     print(f"{command}\ntorch {torch.__version__}, {machine}, {torch.get_num_threads()} threads, {args.dtype}")
-    print(f"{'context':>8} {'cache':>12} {'ms/step':>9} {'spread':>8} {'MB read':>9} {'GB/s':>7} {'speed-up':>9} {'compile s':>10}")
+    print(f"{'context':>8} {'cache':>12}" + "".join(f"{h:>10}" for h in COLUMNS))
     weights = sum(p.nbytes for p in model.parameters())
     for context in args.contexts:
         contenders = {"dense": ("dense", HybridConfig()), "full": ("full", HybridConfig())}
@@ -145,8 +151,8 @@ def main() -> None:
                 command=command,
             )
             print(
-                f"{context:8d} {name:>12} {ms:9.3f} {high - low:8.3f} {reads[name] / 1e6:9.1f} "
-                f"{reads[name] / ms / 1e6:7.1f} {row['speedup_vs_dense']:8.2f}x {compiles[name]:10.1f}",
+                f"{context:8d} {name:>12}{ms:10.3f}{high - low:10.3f}{reads[name] / 1e6:10.1f}"
+                f"{reads[name] / ms / 1e6:10.1f}{row['speedup_vs_dense']:9.2f}x{compiles[name]:10.1f}",
                 flush=True,
             )
             if args.out:

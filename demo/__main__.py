@@ -27,7 +27,17 @@ def main() -> None:
     print("== A picture, through a Qwen2.5-VL-shaped checkpoint with random weights (expect noise)\n", flush=True)
     common = ["--compare", "--budget", "0.1"]
     generate.main(
-        ["--model", str(vlm), "--image", str(picture), "--prompt", "What does the sign say?", *common, "--max-new-tokens", "24"]
+        [
+            "--model",
+            str(vlm),
+            "--image",
+            str(picture),
+            "--prompt",
+            "What does the sign say?",
+            *common,
+            "--max-new-tokens",
+            "24",
+        ]
     )
     print("\n== A text of 60 days, through SmolLM2-135M-Instruct\n", flush=True)
     try:

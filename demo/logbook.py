@@ -3,9 +3,29 @@
 import random
 
 BOATS = ["the ferry Alder", "a grain barge", "two trawlers", "the pilot boat", "a coal steamer", "the mail packet"]
-WEATHER = ["fog until noon", "a light wind from the west", "heavy rain", "clear skies", "a falling glass", "sleet and gusts"]
-WORK = ["mended the east ladder", "painted six buoys", "counted the oil drums", "tarred the slip", "wound the tower clock"]
-PEOPLE = ["the harbour master", "old Ines", "the customs man", "the cooper's son", "a sailor from Cork", "the night watch"]
+WEATHER = [
+    "fog until noon",
+    "a light wind from the west",
+    "heavy rain",
+    "clear skies",
+    "a falling glass",
+    "sleet and gusts",
+]
+WORK = [
+    "mended the east ladder",
+    "painted six buoys",
+    "counted the oil drums",
+    "tarred the slip",
+    "wound the tower clock",
+]
+PEOPLE = [
+    "the harbour master",
+    "old Ines",
+    "the customs man",
+    "the cooper's son",
+    "a sailor from Cork",
+    "the night watch",
+]
 REMARKS = [
     "asked for a berth and was given the north one",
     "complained about the price of rope",

@@ -21,7 +21,9 @@ def scene(width: int = 1120, height: int = 1120, seed: int = 0) -> Image.Image:
     x = 0
     while x < width:
         w, h = pick.randrange(90, 190), pick.randrange(300, 760)
-        draw.rectangle((x, height - h, x + w - 6, height), fill=pick.choice(["#3b2f4f", "#26354a", "#4a2f33", "#2d4038"]))
+        draw.rectangle(
+            (x, height - h, x + w - 6, height), fill=pick.choice(["#3b2f4f", "#26354a", "#4a2f33", "#2d4038"])
+        )
         for wx in range(x + 14, x + w - 30, 34):
             for wy in range(height - h + 18, height - 120, 46):
                 draw.rectangle((wx, wy, wx + 16, wy + 24), fill=pick.choice(["#ffd97a", "#ffd97a", "#1b2233"]))

@@ -65,7 +65,10 @@ def config(
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]},
+        "rope_scaling": {
+            "type": "mrope",
+            "mrope_section": [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8],
+        },
         "max_position_embeddings": 128000,
         "tie_word_embeddings": tie,
         "vocab_size": BYTES + len(SPECIAL),
@@ -93,7 +96,7 @@ def config(
 
 
 def save_processing(folder: Path) -> None:
-    """Writes a byte-level tokenizer with Qwen2.5-VL's special tokens and chat template, and the image processor's file."""
+    """Writes a byte-level tokenizer with Qwen2.5-VL's special tokens and chat format, and an image processor's file."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

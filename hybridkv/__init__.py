@@ -1,17 +1,18 @@
 """HybridKV (arXiv 2604.05887) in PyTorch: a key-value cache whose heads are pruned or retrieved, whichever suits them.
 
 The method, in the order in which data flows: `profile`, `classify`, `budget`, `prune`, `retrieve`, `plan`, `pages`,
-`attention`, `cache`, `decode`.
+`pack`, `attention`, `cache`, `decode`.
 """
 
 from hybridkv.budget import BudgetError
 from hybridkv.cache import CacheBytes, HybridCache
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine, Result, Sampling, Stats
+from hybridkv.decode import Engine, Result, Stats
 from hybridkv.dense import DenseCache
 from hybridkv.pages import Capacity
 from hybridkv.plan import Plan, full_plan, hybrid_plan
 from hybridkv.profile import Prefill
+from hybridkv.sampling import Sampling
 
 __all__ = [
     "BudgetError",

@@ -18,8 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.attention import attend_pages
-from hybridkv.config import HybridConfig
-from hybridkv.pages import Capacity, lane_tokens
+from hybridkv.pack import lane_tokens, place
+from hybridkv.pages import Capacity
 from hybridkv.plan import Costs, Plan, full_bytes
 from hybridkv.profile import Prefill
 from hybridkv.retrieve import chunk_scores, encode, fit_sketch, pack_sketch, select
@@ -94,7 +94,9 @@ class HybridCache(nn.Module):
         q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=self.heads)
         row = self._of(layer, self.row)
         sketcher = tuple(t[row] for t in (self.basis, self.offset, self.step))
-        self._append(layer, rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"), row, sketcher)
+        self._append(
+            layer, rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"), row, sketcher
+        )
         pages, n_pages = self._pages(layer, q[:, 0], sketcher)
         out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
         return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=self.batch)
@@ -110,7 +112,7 @@ class HybridCache(nn.Module):
         self.values.index_copy_(2, slots, v)
         if self.capacity.retrieve:
             z = encode(k[0, 0, :, None], *sketcher)[:, 0]  # (L, rank)
-            page = torch.where(row > 0, tail, 0).long()  # a page outside the store has no sketch: the null page's is free
+            page = torch.where(row > 0, tail, 0).long()  # outside the store there is no sketch: the null page's is free
             at = (page[:, None] * self.rank + torch.arange(self.rank, device=z.device)) * self.page_size + fill[:, None]
             self.sketch.index_copy_(0, at.flatten(), z.flatten())
 
@@ -159,7 +161,10 @@ class HybridCache(nn.Module):
 
     def _note_tails(self) -> None:
         """Writes every lane's tail page behind the last valid entry of its table."""
-        for table, count, ours in ((self.chunks, self.n_chunks, self.row > 0), (self.fixed, self.n_fixed, self.row == 0)):
+        for table, count, ours in (
+            (self.chunks, self.n_chunks, self.row > 0),
+            (self.fixed, self.n_fixed, self.row == 0),
+        ):
             columns = table.shape[2]
             start = torch.arange(count.numel(), device=table.device) * columns
             # The other kind's lanes have no use for this table: they get the null page.
@@ -176,49 +181,26 @@ class HybridCache(nn.Module):
             new_tokens: tokens that may be generated; room for them is checked here.
         """
         if len(prefills) != self.batch or len(plans) != self.batch:
-            raise ValueError(f"the cache holds {self.batch} sequences, got {len(prefills)} prefills, {len(plans)} plans")
+            raise ValueError(f"a cache for {self.batch} sequences got {len(prefills)} prefills, {len(plans)} plans")
         if not self.capacity.covers(Capacity.of(plans, new_tokens)):
             raise ValueError("these prompts do not fit: make a cache with Capacity.of(plans, new_tokens)")
-        lanes = (self.n_fixed.shape[0], self.batch, self.heads)
+        placement = place(plans, self.capacity)
         for name in ("n_fixed", "n_chunks", "n_retrieve", "fill"):
             value = torch.stack([getattr(plan, name) for plan in plans], dim=1)  # (layers, B, H)
-            getattr(self, name).copy_(value.flatten(1))
-        dynamic = torch.stack([plan.dynamic for plan in plans], dim=1)
-        rows = (dynamic.flatten().cumsum(0) * dynamic.flatten()).view(lanes)  # 1, 2, ... for dynamic lanes
-        fixed, chunks, tail = (torch.zeros_like(t, device="cpu").view(*lanes, -1) for t in (self.fixed, self.chunks, self.tail))
-
-        next_page = [1, self.capacity.n_store]  # of the store, of the rest; page 0 is nobody's
-        for layer in range(lanes[0]):
-            for b, (prefill, plan) in enumerate(zip(prefills, plans, strict=True)):
-                slots = []
-                for h in range(self.heads):
-                    n_chunks, n_fixed = int(plan.n_chunks[layer, h]), int(plan.n_fixed[layer, h])
-                    home = 0 if plan.dynamic[layer, h] else 1  # the tail page, too, can be retrieved one day
-                    stored = torch.arange(next_page[0], next_page[0] + n_chunks)
-                    next_page[0] += n_chunks
-                    always = torch.arange(next_page[1], next_page[1] + n_fixed)
-                    next_page[1] += n_fixed
-                    tail[layer, b, h] = next_page[home]
-                    next_page[home] += 1
-                    chunks[layer, b, h, :n_chunks] = stored
-                    fixed[layer, b, h, :n_fixed] = always
-                    pages = torch.cat((stored, always, tail[layer, b, h]))
-                    lane_slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()
-                    slots.append(lane_slots[: len(lane_slots) - self.page_size + int(plan.fill[layer, h])])
-                self._pack(prefill, plan, layer, slots, rows[layer, b])
-        self.row.copy_(rows.flatten(1))
-        self.fixed.copy_(fixed.flatten(1, 2))
-        self.chunks.copy_(chunks.flatten(1, 2))
-        self.tail.copy_(tail.flatten(1))
-        self.next_page.copy_(torch.tensor(next_page))
+            getattr(self, name).copy_(rearrange(value, "l b h -> l (b h)"))
+        for name in ("fixed", "chunks", "tail", "row"):
+            getattr(self, name).copy_(rearrange(getattr(placement, name), "l b h ... -> l (b h) ..."))
+        self.next_page.copy_(torch.tensor(placement.next_page))
         self._note_tails()
-        self._loaded, self._prompt_pages = list(plans), tuple(next_page)
+        for layer in range(len(prefills[0].layers)):
+            for b, (prefill, plan) in enumerate(zip(prefills, plans, strict=True)):
+                self._pack(prefill, plan, layer, placement.slots[layer][b], placement.row[layer, b])
+        self._loaded, self._prompt_pages = list(plans), placement.next_page
 
-    def _pack(self, prefill: Prefill, plan: Plan, layer: int, slots: list[Tensor], rows: Tensor) -> None:
+    def _pack(self, prefill: Prefill, plan: Plan, layer: int, slots: list[Tensor], row: Tensor) -> None:
         """Copies one layer of one prompt into its slots and sketches its chunks; forgets the dense keys and values."""
-        profile = prefill.layers[layer]
+        profile, device = prefill.layers[layer], self.keys.device
         prefill.layers[layer] = None
-        device = self.keys.device
         tokens = lane_tokens(plan, layer)
         head = torch.repeat_interleave(torch.arange(self.heads), torch.tensor([len(t) for t in tokens])).to(device)
         token, slot = torch.cat(tokens).to(device), torch.cat(slots).to(device)
@@ -229,19 +211,17 @@ class HybridCache(nn.Module):
         if not dynamic:
             return
         order = tokens[dynamic[0]].to(device)  # the same for all dynamic lanes of a prompt
-        sketched = order[: plan.lane_chunks * self.page_size]
-        row = rows[dynamic].to(device)
-        keys = profile.k[dynamic]  # (N, T, D)
-        basis, offset, step = fit_sketch(keys[:, sketched], self.rank)
+        in_chunks, in_tail = plan.lane_chunks * self.page_size, plan.tokens % self.page_size
+        keys, row = profile.k[dynamic], row[dynamic].to(device)  # (N, T, D), (N,)
+        basis, offset, step = fit_sketch(keys[:, order[:in_chunks]], self.rank)
         self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
-        # The tail page's prompt tokens are sketched too: it becomes a chunk once it is full.
         z = encode(keys[:, order], self.basis[row], offset, step)
-        store = self.sketch.view(-1, self.rank, self.page_size)
+        sketch = self.sketch.view(-1, self.rank, self.page_size)
         for lane, h in enumerate(dynamic):
-            pages = slots[h][: len(sketched) : self.page_size].to(device) // self.page_size
-            store[pages] = pack_sketch(z[lane, : len(sketched)], self.page_size)
-            if fill := int(plan.fill[layer, h]):
-                store[int(slots[h][-1]) // self.page_size, :, :fill] = z[lane, -fill:].T
+            pages = slots[h][: in_chunks : self.page_size].to(device) // self.page_size
+            sketch[pages] = pack_sketch(z[lane, :in_chunks], self.page_size)
+            if in_tail:  # prompt tokens in the tail page are sketched as well: once full, it is a chunk
+                sketch[int(slots[h][-1]) // self.page_size, :, :in_tail] = z[lane, -in_tail:].T
 
     def count_bytes(self) -> CacheBytes:
         """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""
@@ -249,7 +229,10 @@ class HybridCache(nn.Module):
         first = (1, self.capacity.n_store)  # of the store, of the rest
         now = self.next_page.tolist()
         # Tail pages that started empty hold generated tokens only.
-        fresh = [sum(int(((plan.fill == 0) & kind(plan)).sum()) for plan in plans) for kind in (lambda p: p.dynamic, lambda p: ~p.dynamic)]
+        fresh = [
+            sum(int(((plan.fill == 0) & kind(plan)).sum()) for plan in plans)
+            for kind in (lambda p: p.dynamic, lambda p: ~p.dynamic)
+        ]
         prompt = [at - start - new for at, start, new in zip(self._prompt_pages, first, fresh, strict=True)]
         generated = [end - at + new for end, at, new in zip(now, self._prompt_pages, fresh, strict=True)]
 

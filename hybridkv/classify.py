@@ -5,7 +5,6 @@ be pruned by what they point at: *static*. A head whose text queries spread over
 will look somewhere else again while the answer is written: *dynamic*.
 """
 
-import torch
 from torch import Tensor
 
 

@@ -21,42 +21,9 @@ from hybridkv.dense import DenseCache
 from hybridkv.pages import Capacity, bucket
 from hybridkv.plan import Plan, full_plan, hybrid_plan
 from hybridkv.profile import Prefill
+from hybridkv.sampling import Sampling, sample
 
 POLICIES = ("hybrid", "full", "dense")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest; seeds count up over the batch."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature can't be negative, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-
-
-def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
-    """Draws from the smallest set of tokens whose probability reaches `top_p`.
-
-    Inverse transform sampling: the randomness comes in as numbers, so that compiled and uncompiled draw the same.
-
-    Args:
-        logits: (B, V). temperature, top_p: scalars. noise: (B,) uniform in [0, 1).
-
-    Returns:
-        (B,) int64.
-    """
-    p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    before = p.cumsum(-1) - p  # probability of the tokens that are likelier
-    p = p.where(before < top_p, 0.0)  # never empties: the first token has nothing before it
-    cumulative = p.cumsum(-1)
-    at = (cumulative < noise[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return token.gather(1, at.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
 class DecodeState(nn.Module):
@@ -150,9 +117,10 @@ class Engine:
         self.model, self.config, self.policy, self.eos = model, config or HybridConfig(), policy, tuple(eos)
         self.cache: HybridCache | DenseCache | None = None
         self.state: DecodeState | None = None
+        self.greedy = True
         self.stats = Stats()
         self.compile = compile
-        self._step = decode_step
+        self._decode_step = decode_step
 
     def prefill(
         self, prompts: Sequence, on_layer: Callable[[], None] | None = None
@@ -173,7 +141,8 @@ class Engine:
             slots = max(len(p.prunable) for p in prefills) + new_tokens
             if not self.cache or self.cache.slots < slots or len(self.cache.length) != batch:
                 self.cache = None
-                self._new_cache(DenseCache(slots, batch, prefills[0]))
+                self.cache = DenseCache(slots, batch, prefills[0])
+                self._compile()
             self._count_heads([full_plan(p) for p in prefills])
             self.cache.load(prefills, new_tokens)
             return
@@ -181,17 +150,10 @@ class Engine:
         capacity = Capacity.of(plans, new_tokens)
         if not self.cache or self.cache.batch != batch or not self.cache.capacity.covers(capacity):
             self.cache = None  # free the old pool before the new one is made
-            self._new_cache(HybridCache(capacity, batch, prefills[0]))
+            self.cache = HybridCache(capacity, batch, prefills[0])
+            self._compile()
         self.cache.load(prefills, plans, new_tokens)
         self._count_heads(plans)
-
-    def _new_cache(self, cache: HybridCache | DenseCache) -> None:
-        self.cache = cache
-        if self.compile:
-            # A code object of its own, so that no other cache's graphs count towards the limit on recompilations.
-            step = FunctionType(decode_step.__code__.replace(), decode_step.__globals__)
-            mode = "reduce-overhead" if next(cache.buffers()).is_cuda else None
-            self._step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
 
     def _count_heads(self, plans: list[Plan]) -> None:
         dynamic = torch.stack([plan.dynamic for plan in plans])
@@ -225,11 +187,9 @@ class Engine:
         start, self.stats = time.perf_counter(), Stats()
         prefills, logits, positions = self.prefill(prompts, on_layer)
         self.load(prefills, max(limits))
-        self._reset(logits.device, positions, limits, sampling)
-
-        greedy = sampling.temperature == 0
-        token = self.state.choose(logits, greedy)
-        times, alive = [], list(range(batch))
+        self.begin(positions, max(limits), sampling, logits.device)
+        token = self.state.choose(logits, self.greedy)
+        times, alive, begun = [], list(range(batch)), start
         for n in range(max(limits)):
             token_ids = token.tolist()  # the one place where the host waits
             if n == 0:
@@ -241,7 +201,7 @@ class Engine:
             if not alive:
                 break
             begun = time.perf_counter()
-            token = self._step(self.model, self.cache, self.state, greedy)
+            token = self.step()
         if len(times) > 1:
             typical = float(torch.tensor(times[1:]).median())
             self.stats.ms_per_token = typical * 1e3
@@ -249,11 +209,13 @@ class Engine:
         if isinstance(self.cache, HybridCache):
             self.stats.bytes = self.cache.count_bytes()
 
-    def _reset(self, device: torch.device, positions: list[int], limits: list[int], sampling: Sampling) -> None:
-        batch, rows = len(positions), bucket(max(limits))
+    def begin(self, positions: list[int], new_tokens: int, sampling: Sampling, device: torch.device) -> None:
+        """Sets the state for a generation whose B next tokens stand at `positions`."""
+        batch, rows = len(positions), bucket(new_tokens)
         if not self.state or self.state.noise.shape[1] != batch or self.state.noise.shape[0] < rows:
             self.state = DecodeState(batch, rows, self.eos, device)
-        state = self.state
+            self._compile()
+        self.greedy, state = sampling.temperature == 0, self.state
         state.position.copy_(torch.tensor(positions))
         state.active.fill_(True)
         state.count.zero_()
@@ -263,7 +225,20 @@ class Engine:
             generator = torch.Generator().manual_seed(sampling.seed + b)
             state.noise[:, b].copy_(torch.rand(len(state.noise), generator=generator))
 
-    def generate(self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, sampling: Sampling | None = None) -> list[Result]:
+    def step(self) -> Tensor:
+        """The next token of every sequence, (B,) int64."""
+        return self._decode_step(self.model, self.cache, self.state, self.greedy)
+
+    def _compile(self) -> None:
+        """For a cache or state of a new size. Its own code object keeps other sizes' graphs out of Dynamo's count."""
+        if self.compile:
+            step = FunctionType(decode_step.__code__.replace(), decode_step.__globals__)
+            mode = "reduce-overhead" if next(self.cache.buffers()).is_cuda else None
+            self._decode_step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
+
+    def generate(
+        self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, sampling: Sampling | None = None
+    ) -> list[Result]:
         """`stream`, gathered: one `Result` for each prompt, end tokens left out."""
         results = [Result() for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, sampling):

@@ -2,7 +2,7 @@
 
 examples:
   one picture, a tenth of the cache:
-    python -m hybridkv.generate --model Qwen/Qwen2.5-VL-3B-Instruct --image street.jpg --prompt "What does the sign say?"
+    python -m hybridkv.generate --model Qwen/Qwen2.5-VL-3B-Instruct --image street.jpg --prompt "What is written here?"
   the same beside the full cache:
     python -m hybridkv.generate --model FOLDER --image a.png --image b.png --prompt "What changed?" --compare
   a long text, for scripts:
@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine, Sampling, Stats
+from hybridkv.decode import Engine, Stats
+from hybridkv.sampling import Sampling
 from model import CheckpointError, InputError, Model, Processor, Prompt, from_pretrained
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +44,9 @@ def build_parser() -> Parser:
     add("--model", required=True, metavar="NAME", help="a checkpoint folder, or a name on the Hugging Face Hub")
     add("--prompt", required=True, metavar="TEXT", help="the question; always kept in the cache")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
-    add("--video", action="append", default=[], metavar="FILE", help="a video file; needs pip install 'hybridkv[video]'")
+    add(
+        "--video", action="append", default=[], metavar="FILE", help="a video file; needs pip install 'hybridkv[video]'"
+    )
     add("--context", metavar="FILE", help="a long UTF-8 text to ask about; can be pruned, like pictures")
     add("--fps", type=float, default=2.0, help="frames taken from a second of video (default: 2)")
     add("--min-pixels", type=int, help="scale smaller pictures up to this area (default: the checkpoint's)")
@@ -100,8 +103,9 @@ def load(args: argparse.Namespace) -> tuple[Model, Processor, Prompt]:
     tokens, limit = len(prompt.input_ids), processor.cfg.max_position_embeddings
     if tokens + args.max_new_tokens > limit:
         raise InputError(
-            f"the prompt has {tokens} tokens, {prompt.visual_tokens} of them visual; with {args.max_new_tokens} new ones "
-            f"that is more than the model's {limit}: shorten the context or lower --max-pixels, --fps or --max-new-tokens"
+            f"the prompt has {tokens} tokens, {prompt.visual_tokens} of them visual; with {args.max_new_tokens} new "
+            f"ones that is more than the model's {limit}: shorten the context, or lower --max-pixels, --fps or "
+            f"--max-new-tokens"
         )
     dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else None)
     return from_pretrained(args.model, dtype=dtype, device=device), processor, prompt

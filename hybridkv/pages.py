@@ -7,7 +7,6 @@ key sketch under the same number. The others hold what is read at every step.
 
 from dataclasses import astuple, dataclass
 
-import torch
 from torch import Tensor
 
 from hybridkv.plan import Plan
@@ -54,26 +53,3 @@ class Capacity:
 def tail_pages(fill: Tensor | int, page_size: int, new_tokens: int) -> Tensor | int:
     """Tail pages that a lane takes in all: the one it starts with, and one for each that its new tokens close."""
     return (fill + new_tokens) // page_size + 1
-
-
-def lane_tokens(plan: Plan, layer: int) -> list[Tensor]:
-    """Which prompt tokens each lane of a layer stores, in the order of its slots: chunks, fixed pages, tail page."""
-    size, device = plan.page_size, plan.order[layer].device if plan.order else torch.device("cpu")
-    prunable = plan.prunable.to(device)
-    everything = torch.arange(plan.tokens, device=device)
-    in_chunks = plan.lane_chunks * size
-    in_tail = plan.tokens % size
-    context = everything[prunable]
-    retrieved = torch.cat((everything[~prunable], context[in_chunks + in_tail :])).sort().values
-    dynamic = torch.cat((context[:in_chunks], retrieved, context[in_chunks : in_chunks + in_tail]))
-    tokens = []
-    for head, (is_dynamic, whole, pages) in enumerate(
-        zip(plan.dynamic[layer].tolist(), plan.whole[layer].tolist(), plan.pages[layer].tolist(), strict=True)
-    ):
-        if is_dynamic:
-            tokens.append(dynamic)
-        elif whole:
-            tokens.append(everything)
-        else:
-            tokens.append(plan.order[layer][head, : pages * size].sort().values)
-    return tokens

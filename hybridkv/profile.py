@@ -37,7 +37,7 @@ class LayerProfile:
 
 
 def window_rows(prunable: Tensor, window: int) -> Tensor:
-    """Indices of the window: the last `window` text tokens that come after some prunable token, (W,) with W <= window."""
+    """Indices (W,) of the window: the last `window` text tokens, or fewer, that come after some prunable token."""
     seen = prunable.cumsum(0) > 0
     return (seen & ~prunable).nonzero()[-window:, 0]
 
@@ -106,7 +106,9 @@ class Prefill:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer != len(self.layers):
-            raise ValueError(f"layer {layer} called after {len(self.layers)} layers: a Prefill reads one prompt, in order")
+            raise ValueError(
+                f"layer {layer} called after {len(self.layers)} layers: a Prefill reads one prompt, in order"
+            )
         if q.shape[0] != 1 or k.shape != v.shape or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
             raise ValueError(
                 f"prefill wants one sequence, q (1, Hq, T, D) and k, v (1, H, T, D) with H dividing Hq, "

@@ -49,7 +49,9 @@ def weight_files(folder: Path) -> list[Path]:
         for name in sorted(set(weight_map.values())):
             path = folder / name
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index} points to {name!r}: shards must be safetensors files in the same folder")
+                raise CheckpointError(
+                    f"{index} points to {name!r}: shards must be safetensors files in the same folder"
+                )
             if not path.is_file():
                 raise CheckpointError(f"{path} is named in the index but does not exist: download it again")
             files.append(path)
@@ -62,7 +64,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def our_name(name: str) -> str:
-    """Maps both published key layouts to this package's: `model.layers.*`, `model.language_model.layers.*` -> `layers.*`."""
+    """Maps both key layouts to this package's: `model.layers.*` and `model.language_model.layers.*` to `layers.*`."""
     return re.sub(r"^(model\.language_model\.|language_model\.model\.|model\.)", "", name)
 
 
@@ -103,17 +105,23 @@ def from_pretrained(
                 with safe_open(file, framework="pt", device=str(device)) as tensors:
                     for key in tensors.keys():  # noqa: SIM118 (not a dict)
                         target = our_name(key)
-                        if target.endswith("rotary_emb.inv_freq") or (target == "lm_head.weight" and model.lm_head is None):
+                        if target.endswith("rotary_emb.inv_freq") or (
+                            target == "lm_head.weight" and model.lm_head is None
+                        ):
                             continue  # derived from the config; a tied head repeats the embedding
                         if target not in missing:
                             extra.append(key)
                             continue
                         shape = tuple(tensors.get_slice(key).get_shape())
                         if shape != missing[target]:
-                            raise CheckpointError(f"{file.name}: {key} has shape {shape}, config.json wants {tuple(missing[target])}")
+                            raise CheckpointError(
+                                f"{file.name}: {key} has shape {shape}, config.json wants {tuple(missing[target])}"
+                            )
                         value = tensors.get_tensor(key)
                         if not value.is_floating_point():
-                            raise CheckpointError(f"{file.name}: {key} holds {value.dtype}; quantised weights are not supported")
+                            raise CheckpointError(
+                                f"{file.name}: {key} holds {value.dtype}; quantised weights are not supported"
+                            )
                         dtype = dtype or value.dtype
                         bar.update(value.nbytes)
                         _set(model, target, value.to(dtype))

@@ -86,7 +86,9 @@ def parse_config(raw: dict) -> Config:
     """
     model_type = raw.get("model_type")
     if model_type not in ("qwen2_5_vl", "qwen2", "llama"):
-        raise CheckpointError(f"model_type {model_type!r} is not supported: use a qwen2_5_vl, qwen2 or llama checkpoint")
+        raise CheckpointError(
+            f"model_type {model_type!r} is not supported: use a qwen2_5_vl, qwen2 or llama checkpoint"
+        )
     text = {**raw, **(raw.get("text_config") or {})}
     try:
         return _parse(raw, text, model_type)
@@ -118,7 +120,9 @@ def _parse(raw: dict, text: dict, model_type: str) -> Config:
     if model_type == "qwen2_5_vl":
         section = tuple(rope.get("mrope_section", (16, 24, 24)))
         if len(section) != 3 or sum(section) * 2 != head_dim:
-            raise CheckpointError(f"mrope_section {section} must be three numbers that sum to head_dim / 2 = {head_dim // 2}")
+            raise CheckpointError(
+                f"mrope_section {section} must be three numbers that sum to head_dim / 2 = {head_dim // 2}"
+            )
     eos = text.get("eos_token_id")
     return Config(
         vocab_size=text["vocab_size"],
@@ -161,7 +165,9 @@ def load_config(folder: Path) -> Config:
     if generation.is_file():
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
-            raw = {**raw, "eos_token_id": eos, "text_config": {**raw["text_config"], "eos_token_id": eos}} if raw.get(
-                "text_config"
-            ) else {**raw, "eos_token_id": eos}
+            raw = (
+                {**raw, "eos_token_id": eos, "text_config": {**raw["text_config"], "eos_token_id": eos}}
+                if raw.get("text_config")
+                else {**raw, "eos_token_id": eos}
+            )
     return parse_config(raw)

@@ -81,7 +81,9 @@ def open_image(source: Picture) -> Image.Image:
     if image.mode.startswith("I;16"):
         return image.point(lambda value: value / 256).convert("L").convert("RGB")
     if image.mode in ("I", "F"):
-        raise InputError(f"{name} has {image.mode!r} pixels without a fixed range: convert it to 8 bits a channel first")
+        raise InputError(
+            f"{name} has {image.mode!r} pixels without a fixed range: convert it to 8 bits a channel first"
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -110,7 +112,9 @@ def read_video(path: str | Path, fps: float) -> tuple[list[Image.Image], float]:
                     frames.append(frame.to_image())
                     due += every
                 if len(frames) > MAX_FRAMES:
-                    raise InputError(f"{path} gives more than {MAX_FRAMES} frames at {fps} a second: lower fps or cut it")
+                    raise InputError(
+                        f"{path} gives more than {MAX_FRAMES} frames at {fps} a second: lower fps or cut it"
+                    )
     except av.FFmpegError as e:
         raise InputError(f"{path} can't be read as video: {e}") from e
     if not frames:
@@ -216,7 +220,9 @@ class Processor:
             seconds_per_grid=seconds,
         )
 
-    def _patches(self, pictures: list[Image.Image], low: int | None, high: int | None) -> tuple[Tensor, tuple[int, int]]:
+    def _patches(
+        self, pictures: list[Image.Image], low: int | None, high: int | None
+    ) -> tuple[Tensor, tuple[int, int]]:
         """Patches (F, N, patch_dim) of pictures of one size, and their grid (h, w)."""
         default = self.image_processor.size
         if low and high and low > high:
@@ -227,7 +233,9 @@ class Processor:
         try:
             out = self.image_processor(images=pictures, size=size, return_tensors="pt")
         except ValueError as e:
-            raise InputError(f"a picture of {pictures[0].size[0]} x {pictures[0].size[1]} pixels can't be used: {e}") from e
+            raise InputError(
+                f"a picture of {pictures[0].size[0]} x {pictures[0].size[1]} pixels can't be used: {e}"
+            ) from e
         _, h, w = out["image_grid_thw"][0].tolist()
         return rearrange(out["pixel_values"], "(f n) d -> f n d", f=len(pictures)), (h, w)
 
@@ -280,7 +288,11 @@ class Processor:
         if context:
             start = rendered.find(context)
             if start < 0:
-                raise InputError("the checkpoint's chat template changes the context text: put it into the prompt instead")
+                raise InputError(
+                    "the checkpoint's chat template changes the context text: put it into the prompt instead"
+                )
             offsets = torch.tensor(encoded["offset_mapping"])
-            prunable = (offsets[:, 0] >= start) & (offsets[:, 1] <= start + len(context)) & (offsets[:, 1] > offsets[:, 0])
+            prunable = (
+                (offsets[:, 0] >= start) & (offsets[:, 1] <= start + len(context)) & (offsets[:, 1] > offsets[:, 0])
+            )
         return ids, prunable

@@ -80,7 +80,9 @@ def prompt_positions(
         start += text
         h, w = h // merge, w // merge
         if not visual[at + text : at + text + t * h * w].all() or at + text + t * h * w > length:
-            raise ValueError(f"an input of {t} x {h} x {w} visual tokens has fewer placeholders than that in the prompt")
+            raise ValueError(
+                f"an input of {t} x {h} x {w} visual tokens has fewer placeholders than that in the prompt"
+            )
         time = (torch.arange(t) * seconds * tokens_per_second).long()
         grid = torch.stack(
             (

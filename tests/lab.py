@@ -7,18 +7,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
-from hybridkv.pages import lane_tokens
+from hybridkv.pack import lane_tokens
 
 
-def random_prefill(config: HybridConfig, layers: int, shape: tuple, prunable: Tensor | None, seed: int, dtype) -> Prefill:
+def random_prefill(
+    config: HybridConfig, layers: int, shape: tuple, prunable: Tensor | None, seed: int, dtype
+) -> Prefill:
     """A prompt of random queries, keys and values; shape is (H, G, T, D)."""
     heads, group, tokens, dim = shape
     generator = torch.Generator().manual_seed(seed)
     prefill = Prefill(prunable, config)
     for layer in range(layers):
-        q, k, v = (
-            torch.randn(1, n, tokens, dim, generator=generator).to(dtype) for n in (heads * group, heads, heads)
-        )
+        q, k, v = (torch.randn(1, n, tokens, dim, generator=generator).to(dtype) for n in (heads * group, heads, heads))
         prefill[layer](q, k, v)
     return prefill
 
@@ -37,7 +37,9 @@ def prompts(draw, max_tokens: int = 500) -> Tensor:
     mask = []
     for _ in range(draw(st.integers(1, 2))):
         mask += [False] * draw(st.integers(0, 12))
-        mask += [True] * draw(st.integers(10, max_tokens // 2 - 12) | st.integers(max_tokens // 4, max_tokens // 2 - 12))
+        mask += [True] * draw(
+            st.integers(10, max_tokens // 2 - 12) | st.integers(max_tokens // 4, max_tokens // 2 - 12)
+        )
     return torch.tensor(mask + [False] * draw(st.integers(1, 12)))
 
 
@@ -105,7 +107,9 @@ class Bench:
         orders = [[t for plan in self.plans for t in lane_tokens(plan, i)] for i in range(self.layers)]
         self.cache = HybridCache(Capacity.of(self.plans, self.new_tokens), self.batch, self.prefills[0])
         self.cache.load(self.prefills, self.plans, self.new_tokens)
-        self.slot_of = [[self._prompt_slots(i, lane, orders[i][lane]) for lane in range(len(orders[i]))] for i in range(self.layers)]
+        self.slot_of = [
+            [self._prompt_slots(i, lane, orders[i][lane]) for lane in range(len(orders[i]))] for i in range(self.layers)
+        ]
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def _prompt_slots(self, layer: int, lane: int, order: Tensor) -> dict[int, int]:
@@ -138,7 +142,9 @@ class Bench:
                 self.v[layer][lane] = torch.cat((self.v[layer][lane], v.view(-1, self.dim)[lane : lane + 1]))
                 slot = int(tail[lane]) * c.page_size + int(fill[lane])
                 new = len(self.k[layer][lane]) - 1
-                self.slot_of[layer][lane] = {t: s for t, s in self.slot_of[layer][lane].items() if s != slot} | {new: slot}
+                self.slot_of[layer][lane] = {t: s for t, s in self.slot_of[layer][lane].items() if s != slot} | {
+                    new: slot
+                }
                 read = {*pages[lane, : n_pages[lane]].tolist(), int(tail[lane])}
                 seen = [t for t, s in self.slot_of[layer][lane].items() if s // c.page_size in read]
                 K, V = self.k[layer][lane][seen], self.v[layer][lane][seen]
@@ -156,4 +162,16 @@ def check(results: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         assert (error <= bound).all(), (error, bound)
 
 
-__all__ = ["Bench", "attention", "check", "configs", "full_plan", "kinds", "plan_or_none", "prompts", "random_prefill", "shapes", "tolerance"]
+__all__ = [
+    "Bench",
+    "attention",
+    "check",
+    "configs",
+    "full_plan",
+    "kinds",
+    "plan_or_none",
+    "prompts",
+    "random_prefill",
+    "shapes",
+    "tolerance",
+]

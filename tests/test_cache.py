@@ -85,7 +85,11 @@ def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
 
 @examples
 @given(
-    masks=st.lists(prompts(), min_size=1, max_size=3), config=configs, shape=shapes, steps=st.integers(0, 50), seed=st.integers(0, 99)
+    masks=st.lists(prompts(), min_size=1, max_size=3),
+    config=configs,
+    shape=shapes,
+    steps=st.integers(0, 50),
+    seed=st.integers(0, 99),
 )
 def test_no_slot_has_two_owners(masks, config, shape, steps, seed):
     """Each page in use belongs to one lane, as a chunk, a fixed page or a tail; the null page to nobody."""
@@ -145,7 +149,11 @@ def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, s
 
 @settings(max_examples=25, deadline=None)
 @given(
-    masks=st.lists(prompts(), min_size=2, max_size=3), config=configs, shape=shapes, seed=st.integers(0, 99), steps=st.integers(1, 25)
+    masks=st.lists(prompts(), min_size=2, max_size=3),
+    config=configs,
+    shape=shapes,
+    seed=st.integers(0, 99),
+    steps=st.integers(1, 25),
 )
 def test_a_batch_is_each_sequence_alone(masks, config, shape, seed, steps):
     heads, group, dim = shape
@@ -160,13 +168,13 @@ def test_a_batch_is_each_sequence_alone(masks, config, shape, seed, steps):
     draws = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for layer in range(2):
-            q, k, v = (
-                torch.randn(len(masks), n, 1, dim, generator=draws) for n in (heads * group, heads, heads)
-            )
+            q, k, v = (torch.randn(len(masks), n, 1, dim, generator=draws) for n in (heads * group, heads, heads))
             out = together.cache[layer](q, k, v)
             for i, single in enumerate(alone):
                 # The same numbers in the same order; only how many share a call differs.
-                torch.testing.assert_close(out[i : i + 1], single.cache[layer](q[i : i + 1], k[i : i + 1], v[i : i + 1]))
+                torch.testing.assert_close(
+                    out[i : i + 1], single.cache[layer](q[i : i + 1], k[i : i + 1], v[i : i + 1])
+                )
         together.cache.advance(torch.ones(len(masks), dtype=torch.bool))
         for single in alone:
             single.cache.advance(torch.ones(1, dtype=torch.bool))
@@ -222,7 +230,7 @@ def test_load_frees_the_dense_tensors_and_checks_its_arguments():
     prefill = random_prefill(config, 1, (2, 1, 200, 16), torch.arange(200) < 180, 0, torch.float32)
     plan = hybrid_plan(prefill)
     cache = HybridCache(Capacity.of([plan], 8), 1, prefill)
-    with pytest.raises(ValueError, match="holds 1 sequences"):
+    with pytest.raises(ValueError, match="for 1 sequences got 2"):
         cache.load([prefill, prefill], [plan, plan], 8)
     with pytest.raises(ValueError, match="do not fit"):
         cache.load([prefill], [plan], 5000)

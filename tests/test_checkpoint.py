@@ -110,7 +110,10 @@ BROKEN = {
     "heads": (lambda f: edit(f / "config.json", num_key_value_heads=3), "do not split"),
     "field of the wrong kind": (lambda f: edit(f / "config.json", num_attention_heads="four"), "wrong kind"),
     "rope": (lambda f: edit(f / "config.json", rope_scaling={"rope_type": "yarn"}), "rope_type 'yarn'"),
-    "section": (lambda f: edit(f / "config.json", rope_scaling={"type": "mrope", "mrope_section": [1, 2, 3]}), "mrope_section"),
+    "section": (
+        lambda f: edit(f / "config.json", rope_scaling={"type": "mrope", "mrope_section": [1, 2, 3]}),
+        "mrope_section",
+    ),
     "no weights": (lambda f: (f / SINGLE).unlink(), "holds neither"),
     "pickle only": (lambda f: (f / SINGLE).rename(f / "pytorch_model.bin"), "pickle"),
     "truncated": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-100]), "not a readable safetensors"),

@@ -13,7 +13,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import hybridkv.attention as attention_module
-from demo.tiny_vlm import random_model, config as tiny_config
+from demo.tiny_vlm import config as tiny_config
+from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
 from hybridkv.attention import attend_gathered, attend_pages, tail_first
 from hybridkv.decode import DecodeState, decode_step

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
-from hybridkv.decode import sample
+from hybridkv.sampling import sample
 from tests.test_compiled import prompt
 
 NANOGPT = Path(__file__).parent.parent / "examples" / "nanogpt.py"
@@ -26,7 +26,9 @@ def model():
 def test_a_batch_answers_like_each_prompt_alone(model, policy):
     """Different lengths, limits and ends; each its own plan."""
     config, prompts, limits = HybridConfig(budget=0.4), [prompt(n, n) for n in (400, 150, 260)], [30, 12, 21]
-    alone = [Engine(model, config, policy, compile=False).generate([p], n)[0] for p, n in zip(prompts, limits, strict=True)]
+    alone = [
+        Engine(model, config, policy, compile=False).generate([p], n)[0] for p, n in zip(prompts, limits, strict=True)
+    ]
     ends = [alone[0].token_ids[10]]  # some token that ends the first early
     together = Engine(model, config, policy, eos=ends, compile=False).generate(prompts, limits)
     for one, many in zip(alone, together, strict=True):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from hybridkv import BudgetError, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.budget import allocate, split
@@ -30,9 +29,11 @@ def test_profile_is_what_dense_attention_says(mask, config, shape, seed):
     q, k, v = (torch.randn(1, n, tokens, dim, generator=generator) for n in (heads * group, heads, heads))
     prefill = Prefill(mask, config)
     out = prefill[0](q, k, v)
-    weights = (q @ k.repeat_interleave(group, 1).mT * dim**-0.5).masked_fill(
-        torch.ones(tokens, tokens).triu(1).bool(), float("-inf")
-    ).softmax(-1)
+    weights = (
+        (q @ k.repeat_interleave(group, 1).mT * dim**-0.5)
+        .masked_fill(torch.ones(tokens, tokens).triu(1).bool(), float("-inf"))
+        .softmax(-1)
+    )
     torch.testing.assert_close(out, weights @ v.repeat_interleave(group, 1))
 
     prunable = prefill.prunable
@@ -182,8 +183,9 @@ def test_nothing_to_prune_needs_the_full_cache():
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48), dict(dynamic_share=1.5), dict(threshold=-1),
-        dict(dynamic_weight=0), dict(sketch_rank=0), dict(window=0), dict(top_share=0), dict(pool=4), dict(sinks=-1),
+        dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48),
+        dict(dynamic_share=1.5), dict(threshold=-1), dict(dynamic_weight=0), dict(sketch_rank=0),
+        dict(window=0), dict(top_share=0), dict(pool=4), dict(sinks=-1),
     ],
     ids=str,
 )  # fmt: skip

@@ -23,7 +23,9 @@ def save_vlm(folder: Path, heads: int, kv_heads: int, tie: bool):
     """A random Qwen2.5-VL of transformers, saved; returns it."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    raw = tiny_vlm.config(hidden_size=16 * heads, heads=heads, kv_heads=kv_heads, head_dim=16, layers=3, vision_layers=3, tie=tie)
+    raw = tiny_vlm.config(
+        hidden_size=16 * heads, heads=heads, kv_heads=kv_heads, head_dim=16, layers=3, vision_layers=3, tie=tie
+    )
     raw = {k: v for k, v in raw.items() if k not in ("architectures", "head_dim")} | {"bos_token_id": None}
     torch.manual_seed(heads)
     reference = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**raw)).eval()
@@ -34,7 +36,9 @@ def save_vlm(folder: Path, heads: int, kv_heads: int, tie: bool):
     return reference
 
 
-@pytest.fixture(scope="module", params=[(4, 4, False), (4, 2, True), (6, 1, False), (7, 1, False)], ids=["G1", "G2", "G6", "G7"])
+@pytest.fixture(
+    scope="module", params=[(4, 4, False), (4, 2, True), (6, 1, False), (7, 1, False)], ids=["G1", "G2", "G6", "G7"]
+)
 def pair(request, tmp_path_factory):
     """transformers' model, ours, and the processor, for group sizes 1, 2, 6 and 7."""
     folder = tmp_path_factory.mktemp("parity")
@@ -55,7 +59,9 @@ def reference_inputs(model: Model, prompt: Prompt) -> dict:
         for name, chosen in (("image", images), ("video", [i for i in range(len(sizes)) if i not in images])):
             if chosen:
                 inputs[f"{name}_grid_thw"] = torch.tensor([prompt.grids[i] for i in chosen])
-                inputs["pixel_values" if name == "image" else "pixel_values_videos"] = torch.cat([parts[i] for i in chosen])
+                inputs["pixel_values" if name == "image" else "pixel_values_videos"] = torch.cat(
+                    [parts[i] for i in chosen]
+                )
         if len(images) < len(sizes):
             seconds = [s for s in prompt.seconds_per_grid if s]
             inputs["second_per_grid_ts"] = torch.tensor(seconds)
@@ -74,7 +80,9 @@ PROMPTS = {
     "several images": dict(text="Compare.", images=[picture(90, 64), picture(300, 150, 1), picture(56, 400, 2)]),
     "video": dict(text="What happens?", videos=[[picture(160, 120, i) for i in range(5)]]),
     "slow video": dict(text="What happens?", videos=[[picture(160, 120, i) for i in range(4)]], fps=1.5),
-    "image and video": dict(text="?", images=[picture(90, 64)], videos=[[picture(100, 100, i) for i in range(4)]], fps=4.0),
+    "image and video": dict(
+        text="?", images=[picture(90, 64)], videos=[[picture(100, 100, i) for i in range(4)]], fps=4.0
+    ),
 }
 
 
@@ -131,7 +139,9 @@ def test_greedy_continuations(pair, name):
     reference, model, processor = pair
     prompt = processor(**PROMPTS[name])
     inputs = reference_inputs(model, prompt)
-    out = reference.generate(**inputs, max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = reference.generate(
+        **inputs, max_new_tokens=32, min_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     expected = out[0, len(prompt.input_ids) :].tolist()
     assert len(set(expected)) > 1
     for policy in ("full", "dense"):
@@ -147,7 +157,9 @@ def test_text_only_checkpoints(kind, llama, tmp_path):
     if kind == "qwen2":
         folder = tmp_path
         sizes = dict(vocab_size=264, hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6)
-        qwen2 = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None))
+        qwen2 = Qwen2ForCausalLM(
+            Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None)
+        )
         for p in qwen2.parameters():
             torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.1)
         qwen2.save_pretrained(folder)
@@ -157,6 +169,8 @@ def test_text_only_checkpoints(kind, llama, tmp_path):
     prompt = processor("And then?", context="Once upon a time there was a cache.")
     expected = reference(prompt.input_ids[None]).logits
     assert (ours(model, prompt) - expected).abs().max() < TOLERANCE * expected.std()
-    out = reference.generate(prompt.input_ids[None], max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)
+    out = reference.generate(
+        prompt.input_ids[None], max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0
+    )
     (result,) = Engine(model, policy="full", compile=False).generate([prompt], 32)
     assert result.token_ids == out[0, len(prompt.input_ids) :].tolist()

@@ -1,0 +1,203 @@
+"""The command line, as people run it: a subprocess, on pictures and on text, good input and bad."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hybridkv import generate
+from hybridkv.generate import size, table
+
+KEYS = {
+    "policy", "budget", "text", "token_ids", "prompt_tokens", "visual_tokens", "static_heads", "dynamic_heads",
+    "full_bytes", "resident_bytes", "attended_tokens", "ttft_s", "ms_per_token", "compile_s", "device", "dtype",
+}  # fmt: skip
+
+
+def run(*args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hybridkv.generate", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (840, 840, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "context.txt"
+    path.write_text("The cache grew and grew. " * 40, encoding="utf-8")
+    return path
+
+
+def test_picture_compiled_beside_the_full_cache(vlm, image):
+    """--compare streams both answers to stdout; the table goes to stderr."""
+    done = run(
+        "--model", vlm, "--image", image, "--prompt", "What?", "--budget", 0.2, "--compare", "--max-new-tokens", 12
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--- hybrid cache, budget 0.2" in done.stdout and "--- full cache" in done.stdout
+    for part in ("compiling the decoding step", "text + 900 visual", "hybrid 0.2", "read/step", "ms/token"):
+        assert part in done.stderr
+
+
+def test_json_is_alone_on_stdout_and_its_numbers_fit_together(vlm, image):
+    done = run(
+        "--model", vlm, "--image", image, "--image", image, "--prompt", "What?", "--budget", 0.2,
+        "--compare", "--json", "--no-compile", "--max-new-tokens", 12, "--max-pixels", 300_000,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    hybrid, full = (json.loads(line) for line in done.stdout.splitlines())
+    assert set(hybrid) >= KEYS and set(full) >= KEYS
+    assert (hybrid["policy"], full["policy"]) == ("hybrid", "full")
+    assert hybrid["visual_tokens"] == 2 * 361 and hybrid["prompt_tokens"] > 722
+    assert hybrid["static_heads"] + hybrid["dynamic_heads"] == full["static_heads"] == 4
+    assert hybrid["step_bytes"] <= 0.2 * hybrid["full_bytes"] < hybrid["resident_bytes"] < full["resident_bytes"]
+    assert full["attended_tokens"] == full["prompt_tokens"]
+    assert len(full["token_ids"]) <= 12 and full["text"]
+    assert (full["device"], full["dtype"]) == ("cpu", "float32")
+
+
+def test_long_text(llama, context):
+    done = run(
+        "--model", llama, "--context", context, "--prompt", "What grew?", "--budget", 0.3, "--no-compile", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["visual_tokens"] == 0 and row["attended_tokens"] < 0.3 * row["prompt_tokens"]
+
+
+def test_sampling_repeats_with_its_seed(vlm, image, capsys):
+    def tokens(*more: str) -> list[int]:
+        generate.main(
+            ["--model", str(vlm), "--image", str(image), "--prompt", "?", "--policy", "full", "--no-compile", "--json",
+             "--max-new-tokens", "8", "--temperature", "1.5", "--top-p", "0.95", *more]
+        )  # fmt: skip
+        return json.loads(capsys.readouterr().out)["token_ids"]
+
+    assert tokens("--seed", "1") == tokens("--seed", "1") != tokens("--seed", "2")
+
+
+def test_video_and_float16(vlm, tmp_path, capsys):
+    av = pytest.importorskip("av")
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 128
+        for i in range(32):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (128, 128), (7 * i, 0, 99)))))
+        container.mux(stream.encode())
+    generate.main(
+        ["--model", str(vlm), "--video", str(path), "--prompt", "?", "--budget", "0.6", "--no-compile", "--json",
+         "--max-new-tokens", "4", "--dtype", "bfloat16"]
+    )  # fmt: skip
+    row = json.loads(capsys.readouterr().out)
+    assert row["visual_tokens"] > 100 and row["dtype"] == "bfloat16"
+
+
+def test_streamed_text_is_the_text(vlm, image, capsys):
+    arguments = ["--model", str(vlm), "--image", str(image), "--prompt", "?", "--policy", "full", "--no-compile"]
+    generate.main([*arguments, "--max-new-tokens", "16"])
+    streamed = capsys.readouterr().out
+    generate.main([*arguments, "--max-new-tokens", "16", "--json"])
+    text = json.loads(capsys.readouterr().out)["text"]
+    assert streamed.replace("\ufffd", "").rstrip("\n") == text.replace("\ufffd", "").rstrip("\n")
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert done.returncode == 0
+    for part in ("examples:", "--budget", "--context", "resident"):
+        assert part in done.stdout
+
+
+BAD = {
+    "no such model": (["--model", "{tmp}/nothing"], "neither a folder nor a Hub name"),
+    "broken checkpoint": (["--model", "{tmp}/broken"], "not a readable safetensors file"),
+    "pickle checkpoint": (["--model", "{tmp}/pickle"], "pickle"),
+    "no tokenizer": (["--model", "{tmp}/bare"], "tokenizer"),
+    "no such image": (["--image", "{tmp}/none.png"], "does not exist"),
+    "corrupt image": (["--image", "{tmp}/corrupt.png"], "is not a picture"),
+    "truncated image": (["--image", "{tmp}/truncated.png"], "can't be read"),
+    "animated image": (["--image", "{tmp}/moving.gif"], "animated"),
+    "huge image": (["--image", "{tmp}/bomb.png"], "scale it down"),
+    "no such context": (["--context", "{tmp}/none.txt"], "does not exist"),
+    "binary context": (["--context", "{tmp}/broken/model.safetensors"], "not UTF-8"),
+    "empty context": (["--context", "{tmp}/empty.txt"], "holds no text"),
+    "folder as context": (["--context", "{tmp}"], "can't be read"),
+    "no such video": (["--video", "{tmp}/none.mp4"], "does not exist"),
+    "budget out of range": (["--budget", "7"], "budget must lie in (0, 1]"),
+    "budget too small": (["--image", "{image}", "--budget", "0.01"], "can't be met"),
+    "nothing to prune": (["--budget", "0.5"], "can't be met"),
+    "prompt too long": (["--max-new-tokens", "200000"], "more than the model's 128000"),
+    "no tokens wanted": (["--max-new-tokens", "0"], "at least 1"),
+    "negative temperature": (["--temperature", "-1"], "temperature"),
+    "bad top-p": (["--top-p", "2"], "top_p"),
+    "unknown device": (["--device", "abacus"], "device 'abacus' can't be used"),
+    "unknown option": (["--bogus"], "unrecognized arguments"),
+    "not a number": (["--budget", "much"], "invalid float"),
+    "empty prompt": (["--prompt", " "], "the prompt is empty"),
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(vlm, image, tmp_path_factory) -> Path:
+    """A folder of things that can't be used."""
+    tmp = tmp_path_factory.mktemp("spoilt")
+    for name in ("broken", "pickle", "bare"):
+        shutil.copytree(vlm, tmp / name)
+    (tmp / "broken" / "model.safetensors").write_bytes(b"\xff" * 64)
+    (tmp / "pickle" / "model.safetensors").rename(tmp / "pickle" / "pytorch_model.bin")
+    (tmp / "bare" / "tokenizer.json").unlink()
+    (tmp / "corrupt.png").write_bytes(b"not a picture")
+    (tmp / "truncated.png").write_bytes(image.read_bytes()[:5000])
+    (tmp / "empty.txt").write_text(" \n")
+    frames = [Image.new("RGB", (50, 50), c) for c in ("red", "blue")]
+    frames[0].save(tmp / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("1", (20_000, 20_000)).save(tmp / "bomb.png")
+    return tmp
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_line_and_exit_code_2(name, vlm, spoilt, image, capsys):
+    """In this process, for speed; `test_bad_input_as_a_subprocess` runs a few for real."""
+    args, message = BAD[name]
+    args = [a.format(tmp=spoilt, image=image) for a in args]
+    with pytest.raises(SystemExit) as stop:
+        generate.main(
+            [*(["--model", str(vlm)] if "--model" not in args else []), "--prompt", "?", "--no-compile", *args]
+        )
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not out
+
+
+@pytest.mark.parametrize(
+    "name", ["broken checkpoint", "corrupt image", "budget too small", "budget out of range", "prompt too long"]
+)
+def test_bad_input_as_a_subprocess(name, vlm, spoilt, image):
+    args, message = BAD[name]
+    args = [a.format(tmp=spoilt, image=image) for a in args]
+    done = run(*(["--model", vlm] if "--model" not in args else []), "--prompt", "?", *args)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_sizes_are_readable():
+    assert [size(n) for n in (7, 1234, 999_600, 2.5e9, 5e12)] == ["7 B", "1.23 kB", "1 MB", "2.5 GB", "5e+03 GB"]
+
+
+def test_table_lines_up():
+    row = dict.fromkeys(KEYS, 1) | {"step_bytes": 1, "policy": "full", "ms_per_token": None}
+    lines = table([row, row | {"policy": "hybrid", "budget": 0.1}]).splitlines()
+    assert len(lines) == 4 and lines[1].index("full") == lines[2].index("1 B")
