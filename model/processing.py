@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from model.checkpoint import resolve
-from model.config import CheckpointError, Config, load_config
+from model.config import CheckpointError, Config, load_config, read_json
 
 Picture = str | Path | Image.Image
 Video = str | Path | Sequence[Picture]
@@ -156,6 +156,8 @@ class Processor:
             raise CheckpointError(f"{folder}: tokenizer or image processor can't be loaded: {reason}") from e
         finally:
             logging.set_verbosity(level)
+        if not tokenizer.chat_template and (folder / "chat_template.json").is_file():  # older processors keep it apart
+            tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
         if not tokenizer.is_fast:
             raise CheckpointError(f"{folder} has no fast tokenizer (tokenizer.json)")
         return cls(tokenizer, image_processor, cfg)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
 from hybridkv.pack import lane_tokens
+from model import Prompt
 
 
 def random_prefill(
@@ -29,6 +30,13 @@ def plan_or_none(prefill: Prefill) -> Plan | None:
         return hybrid_plan(prefill)
     except BudgetError:
         return None
+
+
+def prompt(tokens: int, seed: int) -> Prompt:
+    """Text only, as far as the model is concerned; all but the ends is prunable."""
+    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(seed))
+    prunable = (torch.arange(tokens) > 3) & (torch.arange(tokens) < tokens - 20)
+    return Prompt(ids, prunable, 0, None, [], [])
 
 
 @st.composite
@@ -170,6 +178,7 @@ __all__ = [
     "full_plan",
     "kinds",
     "plan_or_none",
+    "prompt",
     "prompts",
     "random_prefill",
     "shapes",

@@ -180,6 +180,25 @@ def test_a_batch_is_each_sequence_alone(masks, config, shape, seed, steps):
             single.cache.advance(torch.ones(1, dtype=torch.bool))
 
 
+@examples
+@given(masks=st.lists(prompts(), min_size=1, max_size=3), config=configs, shape=shapes, steps=st.integers(0, 40))
+def test_every_byte_is_accounted_for(masks, config, shape, steps):
+    """Resident, new and spare bytes add up to the tensors that the cache holds."""
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+    prefills = [random_prefill(config, 2, (heads, group, len(m), dim), m, 0, torch.float32) for m in masks]
+    plans = [plan_or_none(p) or full_plan(p) for p in prefills]
+    cache = HybridCache(Capacity.of(plans, 40), len(masks), prefills[0])
+    cache.load(prefills, plans, 40)
+    for _ in range(steps):
+        cache.advance(torch.ones(len(masks), dtype=torch.bool))
+    cost, capacity, (store, rest) = cache.count_bytes(), cache.capacity, cache.next_page.tolist()
+    spare = (capacity.n_pages - rest) * cache.costs.page
+    spare += (capacity.n_store - store) * (cache.costs.page + cache.costs.sketch)
+    assert cost.allocated == sum(t.nbytes for t in cache.buffers()) == cost.resident + cost.new + spare
+    assert cost.full == sum(2 * len(m) * 2 * heads * dim * 4 for m in masks)
+
+
 def test_an_ended_sequence_takes_no_more_pages():
     config = HybridConfig(budget=0.5)
     mask = torch.arange(200) < 190

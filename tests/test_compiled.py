@@ -18,7 +18,7 @@ from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
 from hybridkv.attention import attend_gathered, attend_pages, tail_first
 from hybridkv.decode import DecodeState, decode_step
-from model import Prompt
+from tests.lab import prompt
 
 POOL, LAYERS, LANES, DIM = 40, 2, 3, 16
 
@@ -65,13 +65,6 @@ def test_compiled_attention_reads_exactly_the_listed_pages(variant, seed):
     # Softmax and sums over at most 12 pages in float32, in another order: a few units in the last place of max|v|.
     bound = 12 * page_size * torch.finfo(torch.float32).eps * float(values.abs().max())
     torch.testing.assert_close(out, attend_gathered(*args, page_size), atol=bound, rtol=0)
-
-
-def prompt(tokens: int, seed: int) -> Prompt:
-    """Text only, as far as the model is concerned; all but the ends is prunable."""
-    ids = torch.randint(0, 256, (tokens,), generator=torch.Generator().manual_seed(seed))
-    prunable = (torch.arange(tokens) > 3) & (torch.arange(tokens) < tokens - 20)
-    return Prompt(ids, prunable, 0, None, [], [])
 
 
 @pytest.fixture(scope="module")

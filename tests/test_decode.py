@@ -12,7 +12,7 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
 from hybridkv.sampling import sample
-from tests.test_compiled import prompt
+from tests.lab import prompt
 
 NANOGPT = Path(__file__).parent.parent / "examples" / "nanogpt.py"
 

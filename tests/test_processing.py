@@ -1,5 +1,7 @@
 """Prompts: pictures of every kind, video, placeholders, the prunable mask, and what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,15 @@ def test_a_tokenizer_without_chat_template_gets_the_plain_text(text_only, monkey
     monkeypatch.setattr(text_only.tokenizer, "chat_template", None)
     prompt = text_only("b", context="a")
     assert text_only.tokenizer.decode(prompt.input_ids) == "a\n\nb"
+
+
+def test_a_chat_template_in_a_file_of_its_own(vlm, tmp_path):
+    folder = shutil.copytree(vlm, tmp_path / "copy")
+    (folder / "chat_template.jinja").unlink()
+    assert not Processor.from_pretrained(folder).tokenizer.chat_template
+    (folder / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content }}!"}')
+    prompt = Processor.from_pretrained(folder)("hi")
+    assert len(prompt.input_ids) == len("hi!")
 
 
 def test_pixels_bound_the_number_of_tokens(processor):

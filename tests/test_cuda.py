@@ -1,0 +1,66 @@
+"""What only a GPU can show. Skipped without one: python -m pytest -m cuda"""
+
+import pytest
+import torch
+
+from demo.tiny_vlm import config as tiny_config
+from demo.tiny_vlm import random_model
+from hybridkv import Engine, HybridConfig
+from hybridkv.attention import attend_gathered, attend_pages
+from tests.lab import prompt
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    raw = tiny_config(layers=3, hidden_size=448, heads=14, kv_heads=2, head_dim=32, tie=False)
+    return random_model(raw).cuda()
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+def test_attention_reads_exactly_the_listed_pages(page_size):
+    """Against the gathered twin, G = 7 and head_dim 128, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    pool, lanes = 60, 4
+    keys, values = (torch.randn(1, 1, pool * page_size, 128, generator=generator).cuda().bfloat16() for _ in range(2))
+    owner = (torch.randperm(pool - 1, generator=generator)[: lanes * 12].view(lanes, 12) + 1).int().cuda()
+    n_pages = torch.tensor([11, 0, 5, 1], dtype=torch.int32, device="cuda")
+    tail, fill = owner[None, :, 11].contiguous(), torch.tensor([[0, 3, 7, 15]], dtype=torch.int32, device="cuda")
+    q = torch.randn(lanes, 1, 7, 128, generator=generator).cuda().bfloat16()
+    args = (q, keys, values, owner[:, :11].contiguous(), n_pages, tail, fill, torch.tensor(0, device="cuda"), page_size)
+    out = torch.compile(attend_pages, fullgraph=True, dynamic=False)(*args)
+    exact = attend_gathered(*(t.float() if torch.is_tensor(t) and t.is_floating_point() else t for t in args))
+    # bfloat16 rounds the weights and the result, each by half a unit in the last place of at most max|v|.
+    bound = 2 * torch.finfo(torch.bfloat16).eps * float(values.abs().max())
+    torch.testing.assert_close(out.float(), exact, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "full", "dense"])
+def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy):
+    prompts = [prompt(900, 0), prompt(700, 1)]
+    expected = Engine(model, HybridConfig(budget=0.3), policy, compile=False).generate(prompts, 40)
+    engine = Engine(model, HybridConfig(budget=0.3), policy)
+    assert [r.token_ids for r in engine.generate(prompts, 40)] == [r.token_ids for r in expected]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        engine.generate([prompt(880, 2), prompt(650, 3)], 40)
+
+
+def test_a_step_neither_waits_nor_allocates(model):
+    """No synchronisation, and no memory of the size of the pool, in a replayed step."""
+    engine = Engine(model, HybridConfig(budget=0.3))
+    engine.generate([prompt(4000, 0)], 12)
+    pool = engine.cache.keys.nbytes
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < pool / 4
