@@ -10,6 +10,8 @@ class HybridConfig:
     Attributes:
         budget: bytes that one decoding step needs of the prompt's cache, as a share of the full cache's bytes:
             kept tokens, retrieved chunks, key sketches, tables and page rounding, all charged. 1.0 keeps everything.
+        strict: what happens if the budget can't hold what must be kept, as with short prompts: True raises
+            `BudgetError`, False keeps what must be kept and no more.
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
         dynamic_share: share of KV heads, over all layers, that are dynamic. None decides by `threshold` instead.
         threshold: with `dynamic_share=None`, a head is static when at least this share of its attention is settled
@@ -24,6 +26,7 @@ class HybridConfig:
     """
 
     budget: float = 0.1
+    strict: bool = True
     page_size: int = 16
     dynamic_share: float | None = 0.5
     threshold: float = 0.9

@@ -8,9 +8,9 @@ examples:
   a long text, for scripts:
     python -m hybridkv.generate --model FOLDER --context report.txt --prompt "Who signed it?" --json
 
-The answer streams to stdout; progress goes to stderr. `--budget` bounds the bytes that a decoding step needs of the
-prompt's cache, sketches and tables included. Chunks of dynamic heads stay on the device for now: `resident` shows
-what is held, `read/step` what a step reads.
+The answer streams to stdout; progress and the table go to stderr. `--budget` bounds the bytes that a decoding step
+needs of the prompt's cache, sketches and tables included. Chunks of dynamic heads stay on the device for now:
+`resident` shows what is held, `read/step` what a step reads.
 """
 
 import argparse
@@ -52,7 +52,11 @@ def build_parser() -> Parser:
     add("--min-pixels", type=int, help="scale smaller pictures up to this area (default: the checkpoint's)")
     add("--max-pixels", type=int, help="scale larger pictures down to this area; 784 pixels are one token")
     add("--policy", choices=["hybrid", "full"], default="hybrid", help="which cache (default: hybrid)")
-    add("--budget", type=float, default=0.1, help="share of the full cache's bytes, for hybrid (default: 0.1)")
+    add(
+        "--budget",
+        type=float,
+        help="share of the full cache's bytes, for hybrid (default: 0.1, more for short prompts)",
+    )
     add("--compare", action="store_true", help="answer with the full cache, too, and show both")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -127,10 +131,15 @@ class Status:
         self.shown = False
 
 
+def cache_config(args: argparse.Namespace) -> HybridConfig:
+    """A budget that was asked for is kept or refused; the default gives way where a prompt is too short for it."""
+    return HybridConfig(strict=False) if args.budget is None else HybridConfig(budget=args.budget)
+
+
 def answer(model: Model, processor: Processor, prompt: Prompt, policy: str, args: argparse.Namespace) -> dict:
     """Generates one answer, streaming it to stdout unless `--json`; returns what `--json` prints."""
     eos = model.cfg.eos_token_id
-    engine = Engine(model, HybridConfig(budget=args.budget), policy, eos=eos, compile=not args.no_compile)
+    engine = Engine(model, cache_config(args), policy, eos=eos, compile=not args.no_compile)
     status, token_ids, shown, text = Status(), [], 0, ""
     bar = tqdm(total=model.cfg.num_hidden_layers, desc="prefill", unit="layer", leave=False, disable=None)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
@@ -157,9 +166,16 @@ def answer(model: Model, processor: Processor, prompt: Prompt, policy: str, args
 def report(
     prompt: Prompt, policy: str, text: str, token_ids: list[int], stats: Stats, args: argparse.Namespace, model: Model
 ) -> dict:
+    """What `--json` prints."""
+    budget, needed = cache_config(args).budget, stats.bytes.step / stats.bytes.full
+    if policy == "hybrid" and needed > budget < 1:  # only without --budget
+        print(
+            f"note: a budget of {budget:g} can't hold the text of this short prompt; used {needed:.2f}", file=sys.stderr
+        )
+        budget = needed
     return {
         "policy": policy,
-        "budget": args.budget if policy == "hybrid" else 1.0,
+        "budget": budget if policy == "hybrid" else 1.0,
         "text": text,
         "token_ids": token_ids,
         "prompt_tokens": len(prompt.input_ids),
@@ -200,7 +216,7 @@ def table(rows: list[dict]) -> str:
         share = [f"{size(row[key])} ({row[key] / row['full_bytes']:.1%})" for key in ("resident_bytes", "step_bytes")]
         cells.append(
             (
-                f"hybrid {row['budget']:g}" if row["policy"] == "hybrid" else row["policy"],
+                f"hybrid {row['budget']:.2g}" if row["policy"] == "hybrid" else row["policy"],
                 f"{row['static_heads']} / {row['dynamic_heads']}",
                 size(row["full_bytes"]),
                 *share,
@@ -218,13 +234,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        HybridConfig(budget=args.budget)  # before anything is loaded
+        cache_config(args)  # before anything is loaded
         Sampling(args.temperature, args.top_p, args.seed)
         model, processor, prompt = load(args)
         rows = []
         for policy in dict.fromkeys((args.policy, "full") if args.compare else (args.policy,)):
             if args.compare and not args.json:
-                print(f"--- {policy} cache" + (f", budget {args.budget:g}" if policy == "hybrid" else ""), flush=True)
+                print(
+                    f"--- {policy} cache" + (f", budget {cache_config(args).budget:g}" if policy == "hybrid" else ""),
+                    flush=True,
+                )
             rows.append(answer(model, processor, prompt, policy, args))
             if args.json:
                 print(json.dumps(rows[-1]), flush=True)

@@ -137,7 +137,7 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     """Static and dynamic heads within `config.budget`.
 
     Raises:
-        BudgetError: the budget can't hold what must be kept.
+        BudgetError: the budget can't hold what must be kept, and `config.strict`.
     """
     config, layers = prefill.config, prefill.layers
     everything = full_plan(prefill)
@@ -160,7 +160,7 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     overhead = cap.numel() * (everything.whole_pages + 1 + SCALARS) * costs.entry
     overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.sketch + costs.basis)
     total = int(config.budget * full - overhead) // costs.page
-    if total < int(floor.sum()):
+    if total < int(floor.sum()) and config.strict:
         least = math.ceil(100 * (int(floor.sum()) * costs.page + overhead) / full) / 100
         always = int((~everything.prunable).sum())
         raise BudgetError(
@@ -168,6 +168,7 @@ def hybrid_plan(prefill: Prefill) -> Plan:
             f"sinks, recent) are kept in every head, and with key sketches and tables that takes {least:.2f} of the "
             f"full cache. Raise the budget to that, use the full cache, or give more pictures or context to prune."
         )
+    total = max(total, int(floor.sum()))
     pages = allocate(total, dynamic, torch.ones(cap.shape), floor, cap, config.dynamic_weight)
     order = tuple(keep_order(layer.score, prefill.prunable, config.pool) for layer in layers)
     return replace(everything, dynamic=dynamic & (pages < cap), pages=pages, order=order)

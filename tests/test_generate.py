@@ -112,6 +112,19 @@ def test_streamed_text_is_the_text(vlm, image, capsys):
     assert streamed.replace("\ufffd", "").rstrip("\n") == text.replace("\ufffd", "").rstrip("\n")
 
 
+def test_the_default_budget_gives_way_to_a_short_prompt_and_says_so(vlm, capsys, tmp_path):
+    Image.new("RGB", (224, 224), "teal").save(tmp_path / "small.png")
+    generate.main(
+        ["--model", str(vlm), "--image", str(tmp_path / "small.png"), "--prompt", "?", "--no-compile", "--json"]
+    )
+    out, err = capsys.readouterr()
+    row = json.loads(out)
+    assert 0.1 < row["budget"] == row["step_bytes"] / row["full_bytes"]
+    assert "can't hold the text of this short prompt" in err
+    generate.main(["--model", str(vlm), "--prompt", "no picture at all", "--no-compile", "--json"])
+    assert json.loads(capsys.readouterr().out)["dynamic_heads"] == 0
+
+
 def test_help_teaches():
     done = run("--help")
     assert done.returncode == 0

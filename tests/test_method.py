@@ -173,6 +173,18 @@ def test_an_impossible_budget_says_what_is_possible():
     assert plan.dynamic.any()
 
 
+def test_a_budget_that_is_not_strict_keeps_what_must_be_kept_and_no_more():
+    config = HybridConfig(budget=0.1, strict=False)
+    prefill = random_prefill(config, 2, (2, 2, 300, 32), torch.arange(300) < 200, 0, torch.float32)
+    plan = hybrid_plan(prefill)
+    assert (plan.pages[~plan.dynamic] == plan.always_pages).all() and (plan.n_retrieve[plan.dynamic] == 1).all()
+    nothing = random_prefill(config, 1, (1, 1, 50, 8), torch.zeros(50, dtype=torch.bool), 0, torch.float32)
+    assert hybrid_plan(nothing).whole.all()
+    roomy = HybridConfig(budget=0.6, strict=False)
+    prefill = random_prefill(roomy, 2, (2, 2, 300, 32), torch.arange(300) < 200, 0, torch.float32)
+    assert hybrid_plan(prefill).step_bytes(Costs.of(roomy, 32, torch.float32)) <= 0.6 * 300 * 4 * 2 * 32 * 4
+
+
 def test_nothing_to_prune_needs_the_full_cache():
     prefill = random_prefill(HybridConfig(), 1, (1, 1, 50, 8), torch.zeros(50, dtype=torch.bool), 0, torch.float32)
     with pytest.raises(BudgetError, match="50 of the 50 prompt tokens"):
