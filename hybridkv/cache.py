@@ -22,7 +22,7 @@ from hybridkv.pack import lane_tokens, place
 from hybridkv.pages import Capacity
 from hybridkv.plan import Costs, Plan, full_bytes
 from hybridkv.profile import Prefill
-from hybridkv.retrieve import chunk_scores, encode, fit_sketch, pack_sketch, select
+from hybridkv.retrieve import KeyBounds, KeySketch, select
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class CacheBytes:
 
     Attributes:
         full: a plain full cache of the prompts.
-        resident: held on the device: pages taken for the prompts, their sketches, and every other tensor whole.
+        resident: held on the device: pages taken for the prompts, their chunk summaries, and every other tensor whole.
         store: the part of `resident` in chunks that a step reads only when it retrieves them.
         step: read by one decoding step; what the budget bounds.
-        new: pages and sketches taken for generated tokens, on top of `resident`.
+        new: pages and summaries taken for generated tokens, on top of `resident`.
         allocated: all tensors, spare pages included.
     """
 
@@ -54,7 +54,7 @@ class HybridCache(nn.Module):
         config, key = like.config, like.layers[0].k
         heads, _, dim = key.shape
         self.config, self.capacity, self.batch, self.heads = config, capacity, batch, heads
-        self.page_size, self.rank = config.page_size, config.rank(dim)
+        self.page_size = config.page_size
         self.costs = Costs.of(config, dim, key.dtype)
         lanes = (len(like.layers), batch * heads)
 
@@ -71,10 +71,8 @@ class HybridCache(nn.Module):
         for layer in range(lanes[0]):
             self.register_buffer(f"layer{layer}", torch.tensor(layer, device=key.device), persistent=False)
         buffer("next_page", 2)  # the first free page of the store, and of the rest
-        buffer("sketch", capacity.n_store * self.rank * self.page_size, dtype=torch.int8)
-        buffer("basis", capacity.sketches, dim, self.rank, dtype=key.dtype)
-        buffer("offset", capacity.sketches, self.rank, dtype=torch.float32)
-        buffer("step", capacity.sketches, self.rank, dtype=torch.float32)
+        summary = KeySketch if config.retrieval == "sketch" else KeyBounds
+        self.summary = summary(capacity.n_store, capacity.sketches, self.page_size, dim, config.rank(dim), key)
         self._loaded: list[Plan] = []
         self._prompt_pages = (0, 0)
 
@@ -92,39 +90,31 @@ class HybridCache(nn.Module):
             (B, Hq, 1, D)
         """
         q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=self.heads)
-        row = self._of(layer, self.row)
-        sketcher = tuple(t[row] for t in (self.basis, self.offset, self.step))
-        self._append(
-            layer, rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"), row, sketcher
-        )
-        pages, n_pages = self._pages(layer, q[:, 0], sketcher)
+        self._append(layer, rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"))
+        pages, n_pages = self._pages(layer, q[:, 0])
         out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
         return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=self.batch)
 
     def _of(self, layer: Tensor, table: Tensor) -> Tensor:
         return table.index_select(0, layer.view(1))[0]
 
-    def _append(self, layer: Tensor, k: Tensor, v: Tensor, row: Tensor, sketcher: tuple[Tensor, ...]) -> None:
-        """Writes k, v (1, 1, L, D) behind the last token of each lane, and their sketch if the lane has one."""
+    def _append(self, layer: Tensor, k: Tensor, v: Tensor) -> None:
+        """Writes k, v (1, 1, L, D) behind the last token of each lane, and into its chunk summaries if it has any."""
         tail, fill = self._of(layer, self.tail), self._of(layer, self.fill)  # (L,)
         slots = (tail * self.page_size + fill).long()
         self.keys.index_copy_(2, slots, k)
         self.values.index_copy_(2, slots, v)
         if self.capacity.retrieve:
-            z = encode(k[0, 0, :, None], *sketcher)[:, 0]  # (L, rank)
-            page = torch.where(row > 0, tail, 0).long()  # outside the store there is no sketch: the null page's is free
-            at = (page[:, None] * self.rank + torch.arange(self.rank, device=z.device)) * self.page_size + fill[:, None]
-            self.sketch.index_copy_(0, at.flatten(), z.flatten())
+            row = self._of(layer, self.row)
+            self.summary.append(k[0, 0], torch.where(row > 0, tail, 0).long(), fill, row)
 
-    def _pages(self, layer: Tensor, q: Tensor, sketcher: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _pages(self, layer: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Pages (L, P) that a step reads whole, those retrieved for q (L, G, D) first, and how many (L,) there are."""
         fixed, n_fixed = self._of(layer, self.fixed), self._of(layer, self.n_fixed)
         if not self.capacity.retrieve:
             return fixed, n_fixed
         chunks, n_retrieve = self._of(layer, self.chunks), self._of(layer, self.n_retrieve)
-        basis, _, step = sketcher
-        sketch = self.sketch.view(-1, self.rank, self.page_size)
-        scores = chunk_scores(q, sketch, chunks, self._of(layer, self.n_chunks), basis, step)
+        scores = self.summary.scores(q, chunks, self._of(layer, self.n_chunks), self._of(layer, self.row))
         found = self._fetch(select(scores, chunks, self.capacity.retrieve))
         column = torch.arange(found.shape[1] + fixed.shape[1], device=q.device)
         k = n_retrieve[:, None]
@@ -194,11 +184,21 @@ class HybridCache(nn.Module):
         self._note_tails()
         for layer in range(len(prefills[0].layers)):
             for b, (prefill, plan) in enumerate(zip(prefills, plans, strict=True)):
-                self._pack(prefill, plan, layer, placement.slots[layer][b], placement.row[layer, b])
+                tables = (table[layer, b] for table in (placement.chunks, placement.tail, placement.row))
+                self._pack(prefill, plan, layer, placement.slots[layer][b], *tables)
         self._loaded, self._prompt_pages = list(plans), placement.next_page
 
-    def _pack(self, prefill: Prefill, plan: Plan, layer: int, slots: list[Tensor], row: Tensor) -> None:
-        """Copies one layer of one prompt into its slots and sketches its chunks; forgets the dense keys and values."""
+    def _pack(
+        self,
+        prefill: Prefill,
+        plan: Plan,
+        layer: int,
+        slots: list[Tensor],
+        chunks: Tensor,
+        tail: Tensor,
+        row: Tensor,
+    ) -> None:
+        """Copies one layer of one prompt into its slots and sums up its chunks; forgets the dense keys and values."""
         profile, device = prefill.layers[layer], self.keys.device
         prefill.layers[layer] = None
         tokens = lane_tokens(plan, layer)
@@ -208,20 +208,12 @@ class HybridCache(nn.Module):
         self.values.index_copy_(2, slot, profile.v[head, token][None, None])
 
         dynamic = plan.dynamic[layer].nonzero()[:, 0].tolist()
-        if not dynamic:
-            return
-        order = tokens[dynamic[0]].to(device)  # the same for all dynamic lanes of a prompt
-        in_chunks, in_tail = plan.lane_chunks * self.page_size, plan.tokens % self.page_size
-        keys, row = profile.k[dynamic], row[dynamic].to(device)  # (N, T, D), (N,)
-        basis, offset, step = fit_sketch(keys[:, order[:in_chunks]], self.rank)
-        self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
-        z = encode(keys[:, order], self.basis[row], offset, step)
-        sketch = self.sketch.view(-1, self.rank, self.page_size)
-        for lane, h in enumerate(dynamic):
-            pages = slots[h][: in_chunks : self.page_size].to(device) // self.page_size
-            sketch[pages] = pack_sketch(z[lane, :in_chunks], self.page_size)
-            if in_tail:  # prompt tokens in the tail page are sketched as well: once full, it is a chunk
-                sketch[int(slots[h][-1]) // self.page_size, :, :in_tail] = z[lane, -in_tail:].T
+        if dynamic:
+            # All dynamic lanes of a prompt store the same tokens: chunks first, the tail page's last.
+            order, in_chunks, in_tail = tokens[dynamic[0]].to(device), plan.lane_chunks, plan.tokens % self.page_size
+            order = torch.cat((order[: in_chunks * self.page_size], order[len(order) - in_tail :]))
+            summarised = [torch.cat((chunks[h, :in_chunks], tail[h : h + 1])).to(device) for h in dynamic]
+            self.summary.pack(profile.k[dynamic][:, order], summarised, row[dynamic].to(device), in_chunks)
 
     def count_bytes(self) -> CacheBytes:
         """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""
@@ -237,11 +229,11 @@ class HybridCache(nn.Module):
         generated = [end - at + new for end, at, new in zip(now, self._prompt_pages, fresh, strict=True)]
 
         def pages(count: list[int]) -> int:
-            return count[0] * (costs.page + costs.sketch) + count[1] * costs.page
+            return count[0] * (costs.page + costs.summary) + count[1] * costs.page
 
-        pooled = ("keys", "values", "sketch")
+        pooled = ("keys", "values", "summary.sketch", "summary.low", "summary.high")
         tables = sum(t.nbytes for name, t in self.named_buffers() if name not in pooled)
-        null_page = costs.page + costs.sketch
+        null_page = costs.page + costs.summary
         lanes = self.n_fixed.shape[0] * self.heads
         return CacheBytes(
             full=sum(full_bytes(plan.tokens, lanes, costs, self.page_size) for plan in plans),

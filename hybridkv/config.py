@@ -17,6 +17,7 @@ class HybridConfig:
         threshold: with `dynamic_share=None`, a head is static when at least this share of its attention is settled
             once the prompt is read (see `classify.settled_share`). The paper's fixed threshold is 0.9.
         dynamic_weight: pages of a dynamic head for each page of a static head (the paper's coefficient between types).
+        retrieval: how chunks are summed up for scoring: `sketch` or `bound` (see `retrieve`).
         sketch_rank: dimensions of the int8 key sketch; None takes a quarter of head_dim.
         window: the prompt's last text queries that the profile looks at.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
@@ -31,6 +32,7 @@ class HybridConfig:
     dynamic_share: float | None = 0.5
     threshold: float = 0.9
     dynamic_weight: float = 1.0
+    retrieval: str = "sketch"
     sketch_rank: int | None = None
     window: int = 32
     top_share: float = 0.1
@@ -51,6 +53,7 @@ class HybridConfig:
         check(share is None or 0 <= share <= 1, f"dynamic_share must lie in [0, 1] or be None, got {share}")
         check(0 <= self.threshold <= 1, f"threshold must lie in [0, 1], got {self.threshold}")
         check(self.dynamic_weight > 0, f"dynamic_weight must be positive, got {self.dynamic_weight}")
+        check(self.retrieval in ("sketch", "bound"), f"retrieval must be sketch or bound, got {self.retrieval!r}")
         check(self.sketch_rank is None or self.sketch_rank > 0, f"sketch_rank must be positive, got {self.sketch_rank}")
         check(self.window > 0, f"window must be positive, got {self.window}")
         check(0 < self.top_share <= 1, f"top_share must lie in (0, 1], got {self.top_share}")

@@ -9,7 +9,7 @@ where prompts have `input_ids` (T,) and `prunable` (T,), and `kv[layer](q, k, v)
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 
 import torch
@@ -19,11 +19,10 @@ from hybridkv.cache import CacheBytes, HybridCache
 from hybridkv.config import HybridConfig
 from hybridkv.dense import DenseCache
 from hybridkv.pages import Capacity, bucket
-from hybridkv.plan import Plan, full_plan, hybrid_plan
+from hybridkv.plan import Plan, full_plan
+from hybridkv.policies import POLICIES
 from hybridkv.profile import Prefill
 from hybridkv.sampling import Sampling, sample
-
-POLICIES = ("hybrid", "full", "dense")
 
 
 class DecodeState(nn.Module):
@@ -99,7 +98,8 @@ class Engine:
     Args:
         model: see the module.
         config: how to compress.
-        policy: `hybrid`; `full`, everything kept, on the same pages; `dense`, everything kept, SDPA on plain tensors.
+        policy: a name in `policies.POLICIES`, or a function from a `Prefill` to a `Plan`. `full` keeps everything, on
+            the same pages; `dense` keeps everything in plain tensors read by SDPA. `quest` sets `config.retrieval`.
         eos: token ids that end an answer.
         compile: False runs the same step uncompiled, with the same tokens.
     """
@@ -108,13 +108,15 @@ class Engine:
         self,
         model: nn.Module,
         config: HybridConfig | None = None,
-        policy: str = "hybrid",
+        policy: str | Callable[[Prefill], Plan] = "hybrid",
         eos: Sequence[int] = (),
         compile: bool = True,
     ):
-        if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if not callable(policy) and policy not in (*POLICIES, "dense"):
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, dense, or a function, got {policy!r}")
         self.model, self.config, self.policy, self.eos = model, config or HybridConfig(), policy, tuple(eos)
+        if policy == "quest":
+            self.config = replace(self.config, retrieval="bound")
         self.cache: HybridCache | DenseCache | None = None
         self.state: DecodeState | None = None
         self.greedy = True
@@ -146,7 +148,8 @@ class Engine:
             self._count_heads([full_plan(p) for p in prefills])
             self.cache.load(prefills, new_tokens)
             return
-        plans = [(hybrid_plan if self.policy == "hybrid" else full_plan)(p) for p in prefills]
+        make_plan = self.policy if callable(self.policy) else POLICIES[self.policy]
+        plans = [make_plan(p) for p in prefills]
         capacity = Capacity.of(plans, new_tokens)
         if not self.cache or self.cache.batch != batch or not self.cache.capacity.covers(capacity):
             self.cache = None  # free the old pool before the new one is made

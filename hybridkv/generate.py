@@ -25,6 +25,7 @@ from tqdm import tqdm
 from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine, Stats
+from hybridkv.policies import POLICIES
 from hybridkv.sampling import Sampling
 from model import CheckpointError, InputError, Model, Processor, Prompt, from_pretrained
 
@@ -51,11 +52,11 @@ def build_parser() -> Parser:
     add("--fps", type=float, default=2.0, help="frames taken from a second of video (default: 2)")
     add("--min-pixels", type=int, help="scale smaller pictures up to this area (default: the checkpoint's)")
     add("--max-pixels", type=int, help="scale larger pictures down to this area; 784 pixels are one token")
-    add("--policy", choices=["hybrid", "full"], default="hybrid", help="which cache (default: hybrid)")
+    add("--policy", choices=POLICIES, default="hybrid", help="%(choices)s (default: hybrid; see hybridkv/policies.py)")
     add(
         "--budget",
         type=float,
-        help="share of the full cache's bytes, for hybrid (default: 0.1, more for short prompts)",
+        help="share of the full cache's bytes (default: 0.1, more for short prompts)",
     )
     add("--compare", action="store_true", help="answer with the full cache, too, and show both")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
@@ -168,14 +169,14 @@ def report(
 ) -> dict:
     """What `--json` prints."""
     budget, needed = cache_config(args).budget, stats.bytes.step / stats.bytes.full
-    if policy == "hybrid" and needed > budget < 1:  # only without --budget
+    if policy != "full" and needed > budget < 1:  # only without --budget
         print(
             f"note: a budget of {budget:g} can't hold the text of this short prompt; used {needed:.2f}", file=sys.stderr
         )
         budget = needed
     return {
         "policy": policy,
-        "budget": budget if policy == "hybrid" else 1.0,
+        "budget": 1.0 if policy == "full" else budget,
         "text": text,
         "token_ids": token_ids,
         "prompt_tokens": len(prompt.input_ids),
@@ -216,7 +217,7 @@ def table(rows: list[dict]) -> str:
         share = [f"{size(row[key])} ({row[key] / row['full_bytes']:.1%})" for key in ("resident_bytes", "step_bytes")]
         cells.append(
             (
-                f"hybrid {row['budget']:.2g}" if row["policy"] == "hybrid" else row["policy"],
+                "full" if row["policy"] == "full" else f"{row['policy']} {row['budget']:.2g}",
                 f"{row['static_heads']} / {row['dynamic_heads']}",
                 size(row["full_bytes"]),
                 *share,
@@ -241,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for policy in dict.fromkeys((args.policy, "full") if args.compare else (args.policy,)):
             if args.compare and not args.json:
                 print(
-                    f"--- {policy} cache" + (f", budget {cache_config(args).budget:g}" if policy == "hybrid" else ""),
+                    f"--- {policy} cache" + (f", budget {cache_config(args).budget:g}" if policy != "full" else ""),
                     flush=True,
                 )
             rows.append(answer(model, processor, prompt, policy, args))

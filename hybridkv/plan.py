@@ -9,6 +9,7 @@ A lane is one of three things:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,9 +19,9 @@ from hybridkv.budget import BudgetError, allocate
 from hybridkv.classify import classify
 from hybridkv.config import HybridConfig
 from hybridkv.profile import Prefill
-from hybridkv.prune import keep_order
+from hybridkv.prune import keep_order, pooled
 
-SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, sketch row
+SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, row of the basis
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,16 @@ class Costs:
     """Bytes of the parts of a cache, for one model, dtype and configuration."""
 
     page: int  # one page of keys and values
-    sketch: int  # the sketch of one chunk
-    basis: int  # a dynamic lane's principal directions, offset and step
+    summary: int  # the summary of one chunk: its key sketch, or its key bounds
+    basis: int  # what a dynamic lane needs beside: principal directions, offset and step of the sketch
     entry: int = 4  # one page number in a table
 
     @classmethod
     def of(cls, config: HybridConfig, head_dim: int, dtype: torch.dtype) -> "Costs":
-        rank = config.rank(head_dim)
-        return cls(
-            page=2 * config.page_size * head_dim * dtype.itemsize,
-            sketch=config.page_size * rank,
-            basis=rank * head_dim * dtype.itemsize + 2 * rank * 4,
-        )
+        page, rank = 2 * config.page_size * head_dim * dtype.itemsize, config.rank(head_dim)
+        if config.retrieval == "bound":
+            return cls(page, summary=2 * head_dim * dtype.itemsize, basis=0)
+        return cls(page, summary=config.page_size * rank, basis=rank * head_dim * dtype.itemsize + 2 * rank * 4)
 
 
 @dataclass(frozen=True)
@@ -111,9 +110,9 @@ class Plan:
         """Bytes of this prompt's cache that a step reads: what the budget promises to bound."""
         lanes = self.pages.numel()
         pages = int(self.pages.sum()) * costs.page
-        sketches = int(self.n_chunks.sum()) * costs.sketch + int(self.dynamic.sum()) * costs.basis
+        summaries = int(self.n_chunks.sum()) * costs.summary + int(self.dynamic.sum()) * costs.basis
         entries = int((self.n_fixed + self.n_chunks).sum()) + lanes * (1 + SCALARS)  # one for the tail page
-        return pages + sketches + entries * costs.entry
+        return pages + summaries + entries * costs.entry
 
 
 def full_bytes(tokens: int, lanes: int, costs: Costs, page_size: int) -> int:
@@ -134,41 +133,55 @@ def full_plan(prefill: Prefill) -> Plan:
 
 
 def hybrid_plan(prefill: Prefill) -> Plan:
-    """Static and dynamic heads within `config.budget`.
+    """Static and dynamic heads within `config.budget`; static heads keep what the text points at.
+
+    Raises:
+        BudgetError: see `budgeted_plan`.
+    """
+    config, layers = prefill.config, prefill.layers
+    mass = torch.stack([layer.context_mass for layer in layers]).cpu()
+    overlap = torch.stack([layer.overlap for layer in layers]).cpu()
+    dynamic = classify(mass, overlap, config.dynamic_share, config.threshold)
+    score = [pooled(layer.score.masked_fill(~prefill.prunable, 0.0), config.pool) for layer in layers]
+    return budgeted_plan(prefill, dynamic, score)
+
+
+def budgeted_plan(
+    prefill: Prefill, dynamic: Tensor, score: Sequence[Tensor] = (), weight: Tensor | None = None
+) -> Plan:
+    """The plan that spends `config.budget` on given kinds of heads.
+
+    Args:
+        dynamic: (layers, H) bool, heads that retrieve; a head whose budget holds the prompt keeps it whole instead.
+        score: for each layer (H, T), how much a token is worth to a static head; may be left out without static heads.
+        weight: (layers, H) positive claims of the heads; None for equal claims.
 
     Raises:
         BudgetError: the budget can't hold what must be kept, and `config.strict`.
     """
-    config, layers = prefill.config, prefill.layers
-    everything = full_plan(prefill)
+    config, key, everything = prefill.config, prefill.layers[0].k, full_plan(prefill)
     if config.budget == 1:
         return everything
-    mass = torch.stack([layer.context_mass for layer in layers]).cpu()
-    overlap = torch.stack([layer.overlap for layer in layers]).cpu()
-    dynamic = classify(mass, overlap, config.dynamic_share, config.threshold)
-
     cap = everything.pages
     # A dynamic head needs a page to retrieve beside what it always reads; without one it is no dynamic head.
-    needs = torch.full_like(cap, everything.always_pages)
-    needs = torch.where(dynamic, needs + int(everything.tokens % config.page_size > 0) + 1, needs)
+    needs = everything.always_pages + dynamic * (int(everything.tokens % config.page_size > 0) + 1)
     floor = needs.minimum(cap)
 
-    head_dim, dtype = layers[0].k.shape[-1], layers[0].k.dtype
-    costs = Costs.of(config, head_dim, dtype)
+    costs = Costs.of(config, key.shape[-1], key.dtype)
     full = full_bytes(everything.tokens, cap.numel(), costs, config.page_size)
-    # Charged up front, at most what `step_bytes` will count: every lane's table at its longest, and the sketches.
+    # Charged up front, at least what `step_bytes` will count: every lane's table at its longest, and the summaries.
     overhead = cap.numel() * (everything.whole_pages + 1 + SCALARS) * costs.entry
-    overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.sketch + costs.basis)
+    overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.summary + costs.basis)
     total = int(config.budget * full - overhead) // costs.page
     if total < int(floor.sum()) and config.strict:
         least = math.ceil(100 * (int(floor.sum()) * costs.page + overhead) / full) / 100
         always = int((~everything.prunable).sum())
         raise BudgetError(
             f"a budget of {config.budget:g} can't be met: {always} of the {everything.tokens} prompt tokens (text, "
-            f"sinks, recent) are kept in every head, and with key sketches and tables that takes {least:.2f} of the "
+            f"sinks, recent) are kept in every head, and with chunk summaries and tables that takes {least:.2f} of the "
             f"full cache. Raise the budget to that, use the full cache, or give more pictures or context to prune."
         )
-    total = max(total, int(floor.sum()))
-    pages = allocate(total, dynamic, torch.ones(cap.shape), floor, cap, config.dynamic_weight)
-    order = tuple(keep_order(layer.score, prefill.prunable, config.pool) for layer in layers)
+    weight = torch.ones(cap.shape) if weight is None else weight
+    pages = allocate(max(total, int(floor.sum())), dynamic, weight, floor, cap, config.dynamic_weight)
+    order = tuple(keep_order(s, prefill.prunable) for s in score)
     return replace(everything, dynamic=dynamic & (pages < cap), pages=pages, order=order)

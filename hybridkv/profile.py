@@ -24,6 +24,7 @@ class LayerProfile:
         k, v: (H, T, D), keys after RoPE.
         score: (H, T) float32, the largest attention probability that any window query of any head in the group gives
             to each token.
+        mean_score: (H, T) float32, the mean over window queries and heads of the group.
         context_mass: (H,) mean share of the window's attention on prunable tokens.
         overlap: (H,) mean pairwise Jaccard overlap of the window queries' top sets among prunable tokens; 1 if all
             queries look at the same tokens.
@@ -32,6 +33,7 @@ class LayerProfile:
     k: Tensor
     v: Tensor
     score: Tensor
+    mean_score: Tensor
     context_mass: Tensor
     overlap: Tensor
 
@@ -72,14 +74,17 @@ def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
 def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: HybridConfig) -> LayerProfile:
     """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
     rows = window_rows(prunable, config.window)
-    score, mass, overlap = [], [], []
+    score, mean, mass, overlap = [], [], [], []
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
         p = window_probabilities(group, key, rows)  # (G, W, T)
+        if not len(rows):  # no text sees the context: nothing is known, and all scores are 0
+            p = p.new_zeros(p.shape[0], 1, p.shape[2])
         context = p[..., prunable]
-        score.append(p.flatten(0, 1).amax(0) if len(rows) else p.new_zeros(p.shape[-1]))
-        mass.append(context.sum(-1).mean() if len(rows) else p.new_zeros(()))
+        score.append(p.amax((0, 1)))
+        mean.append(p.mean((0, 1)))
+        mass.append(context.sum(-1).mean())
         overlap.append(jaccard_overlap(context.mean(0), config.top_share))
-    return LayerProfile(k, v, torch.stack(score), torch.stack(mass), torch.stack(overlap))
+    return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, overlap)))
 
 
 class Prefill:

@@ -9,11 +9,9 @@ def pooled(score: Tensor, width: int) -> Tensor:
     return F.max_pool1d(score[:, None], width, stride=1, padding=width // 2)[:, 0]
 
 
-def keep_order(score: Tensor, prunable: Tensor, width: int) -> Tensor:
-    """Tokens of every head from the most to the least worth keeping, (H, T) int64.
+def keep_order(score: Tensor, prunable: Tensor) -> Tensor:
+    """Tokens of every head from the most to the least worth keeping, (H, T) -> (H, T) int64.
 
-    What is not prunable comes first, then prunable tokens by pooled score; a head with room for n tokens keeps the
-    first n.
+    What is not prunable comes first, then prunable tokens by score; a head with room for n tokens keeps the first n.
     """
-    score = pooled(score.masked_fill(~prunable, 0.0), width).masked_fill(~prunable, float("inf"))
-    return score.argsort(dim=-1, descending=True, stable=True)
+    return score.masked_fill(~prunable, float("inf")).argsort(dim=-1, descending=True, stable=True)

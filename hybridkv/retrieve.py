@@ -1,13 +1,18 @@
 """Chunk-wise retrieval: which chunks of a dynamic head the current query needs.
 
-Scoring every chunk with its exact keys would read half the cache. The *key sketch* is a low-rank int8 copy of the
-keys: coordinates in the head's own principal directions. It is stored page by page as (rank, page_size), so that one
-fused pass over the pages scores 16 neighbouring tokens per vector instruction.
+Scoring every chunk with its exact keys would read half the cache, so each chunk has a small summary. Two kinds:
+
+- `KeySketch`, ours: a low-rank int8 copy of the keys, their coordinates in the head's own principal directions. It is
+  stored page by page as (rank, page_size), so that one fused pass scores 16 neighbouring tokens per vector instruction.
+- `KeyBounds`, of Quest (arXiv 2406.10774): the smallest and largest value of each key dimension in the chunk.
+
+Both score with one pointwise pass and one reduction, in the graph of the decoding step. Lanes without a summary have
+row 0, and what they would append goes to page 0, which is nobody's.
 """
 
 import torch
 from einops import einsum, rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def fit_sketch(k: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +41,7 @@ def encode(k: Tensor, basis: Tensor, offset: Tensor, step: Tensor) -> Tensor:
     return ((z - offset[:, None]) / step[:, None]).round().clamp(-127, 127).to(torch.int8)
 
 
-def chunk_scores(q: Tensor, sketch: Tensor, chunks: Tensor, n_chunks: Tensor, basis: Tensor, step: Tensor) -> Tensor:
+def sketch_scores(q: Tensor, sketch: Tensor, chunks: Tensor, n_chunks: Tensor, basis: Tensor, step: Tensor) -> Tensor:
     """How much of its attention each lane's query group would give to each of its chunks, by the sketch.
 
     A chunk's weight is the sum of its tokens' exponentiated scores, normalised over chunks, averaged over the group.
@@ -52,8 +57,27 @@ def chunk_scores(q: Tensor, sketch: Tensor, chunks: Tensor, n_chunks: Tensor, ba
     projected = einsum(q.float(), basis.float(), "l g d, l d r -> l g r") * step[:, None] * q.shape[-1] ** -0.5
     z = sketch[chunks][:, None]  # (L, 1, C, rank, page_size)
     token = (projected[:, :, None, :, None] * z).sum(-2)  # (L, G, C, page_size)
-    valid = torch.arange(chunks.shape[1], device=q.device) < n_chunks[:, None]  # (L, C)
-    mass = token.logsumexp(-1).masked_fill(~valid[:, None], -1e30).softmax(-1).mean(1)
+    return chunk_mass(token.logsumexp(-1), n_chunks)
+
+
+def bound_scores(q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks: Tensor) -> Tensor:
+    """An upper bound on the score of any key in each chunk, turned into mass like `sketch_scores`.
+
+    Args:
+        q: (L, G, D) queries. low, high: (pages, D). chunks: (L, C) page numbers, the first n_chunks (L,) are valid.
+
+    Returns:
+        (L, C) float32; -1 where there is no chunk.
+    """
+    q = q.float()[:, :, None] * q.shape[-1] ** -0.5  # (L, G, 1, D)
+    bound = torch.maximum(q * low[chunks][:, None], q * high[chunks][:, None]).sum(-1)  # (L, G, C)
+    return chunk_mass(bound, n_chunks)
+
+
+def chunk_mass(score: Tensor, n_chunks: Tensor) -> Tensor:
+    """Softmax over each lane's valid chunks, mean over the group: (L, G, C) -> (L, C); -1 where there is no chunk."""
+    valid = torch.arange(score.shape[-1], device=score.device) < n_chunks[:, None]  # (L, C)
+    mass = score.masked_fill(~valid[:, None], -1e30).softmax(-1).mean(1)
     return mass.masked_fill(~valid, -1.0)
 
 
@@ -65,3 +89,76 @@ def select(scores: Tensor, chunks: Tensor, count: int) -> Tensor:
 def pack_sketch(z: Tensor, page_size: int) -> Tensor:
     """Sketches of whole pages in their stored order, (n * page_size, rank) -> (n, rank, page_size)."""
     return rearrange(z, "(n s) r -> n r s", s=page_size)
+
+
+class KeySketch(nn.Module):
+    """Key sketches of a store of `pages` pages, for `rows` - 1 dynamic lanes.
+
+    Args:
+        like: a tensor with the dtype and device of the keys.
+    """
+
+    def __init__(self, pages: int, rows: int, page_size: int, dim: int, rank: int, like: Tensor):
+        super().__init__()
+        self.page_size, self.rank = page_size, rank
+
+        def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=like.device), persistent=False)
+
+        buffer("sketch", pages * rank * page_size, dtype=torch.int8)  # flat, so that appending stays in place
+        buffer("basis", rows, dim, rank, dtype=like.dtype)
+        buffer("offset", rows, rank, dtype=torch.float32)
+        buffer("step", rows, rank, dtype=torch.float32)
+
+    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int) -> None:
+        """Fits and stores the summaries of dynamic lanes.
+
+        Args:
+            k: (N, T, D) keys in the order of the lanes' pages: `full` full pages, then a partly filled tail page, if
+                there are keys for it. Only the full ones are fitted.
+            pages: N tensors of page numbers, tail page last. row: (N,).
+        """
+        basis, offset, step = fit_sketch(k[:, : full * self.page_size], self.rank)
+        self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
+        z = encode(k, self.basis[row], offset, step)
+        sketch, tail = self.sketch.view(-1, self.rank, self.page_size), full * self.page_size
+        for lane, numbers in enumerate(pages):
+            sketch[numbers[:full]] = pack_sketch(z[lane, :tail], self.page_size)
+            sketch[numbers[full], :, : z.shape[1] - tail] = z[lane, tail:].T
+
+    def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
+        """Adds one key to each lane's tail page: k (L, D), page (L,) int64, fill (L,), row (L,)."""
+        z = encode(k[:, None], self.basis[row], self.offset[row], self.step[row])[:, 0]  # (L, rank)
+        at = (page[:, None] * self.rank + torch.arange(self.rank, device=k.device)) * self.page_size + fill[:, None]
+        self.sketch.index_copy_(0, at.flatten(), z.flatten())
+
+    def scores(self, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor) -> Tensor:
+        """See `sketch_scores`; row: (L,)."""
+        sketch = self.sketch.view(-1, self.rank, self.page_size)
+        return sketch_scores(q, sketch, chunks, n_chunks, self.basis[row], self.step[row])
+
+
+class KeyBounds(nn.Module):
+    """Smallest and largest key values of each page of a store. Same interface as `KeySketch`."""
+
+    def __init__(self, pages: int, rows: int, page_size: int, dim: int, rank: int, like: Tensor):
+        super().__init__()
+        self.page_size = page_size
+        for name in ("low", "high"):
+            self.register_buffer(name, like.new_zeros(pages, dim), persistent=False)
+
+    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int) -> None:
+        tail = full * self.page_size
+        for lane, numbers in enumerate(pages):
+            chunks = rearrange(k[lane, :tail], "(n s) d -> n s d", s=self.page_size)
+            self.low[numbers[:full]], self.high[numbers[:full]] = chunks.amin(1), chunks.amax(1)
+            if k.shape[1] > tail:
+                self.low[numbers[full]], self.high[numbers[full]] = k[lane, tail:].amin(0), k[lane, tail:].amax(0)
+
+    def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
+        first = (fill == 0)[:, None]  # the page's last owner left its bounds behind
+        self.low.index_copy_(0, page, torch.where(first, k, torch.minimum(self.low[page], k)))
+        self.high.index_copy_(0, page, torch.where(first, k, torch.maximum(self.high[page], k)))
+
+    def scores(self, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor) -> Tensor:
+        return bound_scores(q, self.low, self.high, chunks, n_chunks)

@@ -65,6 +65,7 @@ configs = st.builds(
     page_size=st.sampled_from([16, 32]),
     dynamic_share=st.sampled_from([0.0, 0.3, 0.5, 1.0, None]),
     dynamic_weight=st.sampled_from([0.5, 1.0, 2.0]),
+    retrieval=st.sampled_from(["sketch", "bound"]),
     sketch_rank=st.sampled_from([None, 2, 8]),
     window=st.integers(1, 20),
     sinks=st.integers(0, 5),
@@ -140,8 +141,7 @@ class Bench:
         for layer in range(self.layers):
             q, k, v = self.random(self.heads * group), self.random(self.heads), self.random(self.heads)
             lanes = q.view(-1, group, self.dim)
-            sketcher = tuple(t[c.row[layer]] for t in (c.basis, c.offset, c.step))
-            pages, n_pages = c._pages(torch.tensor(layer), lanes, sketcher)
+            pages, n_pages = c._pages(torch.tensor(layer), lanes)
             tail, fill = c.tail[layer].clone(), c.fill[layer].clone()
             out = (attend or (lambda layer, *qkv: c[layer](*qkv)))(layer, q, k, v).view_as(lanes)
             exact, tolerances = [], []

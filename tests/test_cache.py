@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.pages import bucket
+from hybridkv.retrieve import encode
 from tests.lab import Bench, attention, check, configs, kinds, plan_or_none, prompts, random_prefill, shapes
 
 examples = settings(max_examples=150, deadline=None)
@@ -73,8 +74,7 @@ def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
         query = q.view(-1, group, dim)[lane]
         full = attention(query, k, v)
         slots = bench.slot_of[0][lane]
-        sketcher = tuple(t[bench.cache.row[0]] for t in (bench.cache.basis, bench.cache.offset, bench.cache.step))
-        pages, n = bench.cache._pages(torch.tensor(0), q.view(-1, group, dim), sketcher)
+        pages, n = bench.cache._pages(torch.tensor(0), q.view(-1, group, dim))
         read = {*pages[lane, : n[lane]].tolist(), slots[len(k) - 1] // config.page_size}
         seen = [t for t, s in slots.items() if s // config.page_size in read]
         weights = torch.softmax(query.double() @ k.double().T * dim**-0.5, -1)
@@ -194,7 +194,7 @@ def test_every_byte_is_accounted_for(masks, config, shape, steps):
         cache.advance(torch.ones(len(masks), dtype=torch.bool))
     cost, capacity, (store, rest) = cache.count_bytes(), cache.capacity, cache.next_page.tolist()
     spare = (capacity.n_pages - rest) * cache.costs.page
-    spare += (capacity.n_store - store) * (cache.costs.page + cache.costs.sketch)
+    spare += (capacity.n_store - store) * (cache.costs.page + cache.costs.summary)
     assert cost.allocated == sum(t.nbytes for t in cache.buffers()) == cost.resident + cost.new + spare
     assert cost.full == sum(2 * len(m) * 2 * heads * dim * 4 for m in masks)
 
@@ -224,7 +224,38 @@ def test_generated_pages_become_retrievable_for_dynamic_lanes_and_fixed_for_stat
     assert (bench.cache.n_chunks == (plan.n_chunks + dynamic * 2)).all()
     assert (bench.cache.n_fixed == (plan.n_fixed + ~dynamic * 2)).all()
     cost = bench.cache.count_bytes()
-    assert cost.new == 3 * 4 * bench.cache.costs.page + int(dynamic.sum()) * 3 * bench.cache.costs.sketch
+    assert cost.new == 3 * 4 * bench.cache.costs.page + int(dynamic.sum()) * 3 * bench.cache.costs.summary
+
+
+@settings(max_examples=60, deadline=None)
+@given(mask=prompts(), shape=shapes, retrieval=st.sampled_from(["sketch", "bound"]), steps=st.integers(0, 40))
+def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, steps):
+    """For prompt and generated tokens, in full chunks and in the tail, after any number of appended tokens."""
+    heads, group, dim = shape
+    config = HybridConfig(budget=0.5, dynamic_share=1.0, retrieval=retrieval)
+    prefill = random_prefill(config, 2, (heads, group, len(mask), dim), mask, 0, torch.float32)
+    plan = plan_or_none(prefill)
+    assume(plan is not None and plan.dynamic.any())
+    bench = Bench([prefill], [plan], steps)
+    for _ in range(steps):
+        bench.step(group)
+    cache, size = bench.cache, config.page_size
+    for layer, lane in plan.dynamic.nonzero().tolist():
+        row, tail, fill = (int(t[layer, lane]) for t in (cache.row, cache.tail, cache.fill))
+        token_at = {slot: token for token, slot in bench.slot_of[layer][lane].items()}
+        full = [(page, size) for page in cache.chunks[layer, lane, : cache.n_chunks[layer, lane]].tolist()]
+        for page, count in [*full, (tail, fill)]:
+            if not count:
+                continue
+            k = bench.k[layer][lane][[token_at[page * size + i] for i in range(count)]]  # (count, D)
+            if retrieval == "bound":
+                assert torch.equal(cache.summary.low[page], k.amin(0))
+                assert torch.equal(cache.summary.high[page], k.amax(0))
+            else:
+                parts = (t[row : row + 1] for t in (cache.summary.basis, cache.summary.offset, cache.summary.step))
+                z = cache.summary.sketch.view(-1, cache.summary.rank, size)[page, :, :count].T
+                # One step of int8 either way: products of other shapes may round differently at the middle.
+                assert int((z.int() - encode(k[None], *parts)[0].int()).abs().max()) <= 1
 
 
 def test_loading_another_prompt_replaces_the_first():

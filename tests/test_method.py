@@ -11,7 +11,7 @@ from hybridkv.classify import classify, ranks, settled_share
 from hybridkv.plan import Costs
 from hybridkv.profile import jaccard_overlap, window_rows
 from hybridkv.prune import keep_order, pooled
-from hybridkv.retrieve import chunk_scores, encode, fit_sketch, pack_sketch, select
+from hybridkv.retrieve import bound_scores, encode, fit_sketch, pack_sketch, select, sketch_scores
 from tests.lab import configs, prompts, random_prefill, shapes
 
 examples = settings(max_examples=100, deadline=None)
@@ -44,7 +44,8 @@ def test_profile_is_what_dense_attention_says(mask, config, shape, seed):
     layer = prefill.layers[0]
     window = weights[0].view(heads, group, tokens, tokens)[:, :, seen]  # (H, G, W, T)
     if seen:
-        torch.testing.assert_close(layer.score, window.flatten(1, 2).amax(1))
+        torch.testing.assert_close(layer.score, window.amax((1, 2)))
+        torch.testing.assert_close(layer.mean_score, window.mean((1, 2)))
         torch.testing.assert_close(layer.context_mass, window[..., prunable].sum(-1).mean((1, 2)))
     else:
         assert not layer.score.any() and not layer.context_mass.any()
@@ -217,8 +218,9 @@ def test_a_sketch_can_not_have_more_dimensions_than_the_keys():
 def test_kept_tokens_are_those_the_text_points_at_with_their_neighbours():
     score = torch.tensor([[0.0, 0.9, 0.1, 0.0, 0.0, 0.0, 0.8, 0.0, 1.0]])
     prunable = torch.tensor([False] + [True] * 7 + [False])
-    assert keep_order(score, prunable, 1)[0].tolist()[:4] == [0, 8, 1, 6]
-    assert set(keep_order(score, prunable, 3)[0, :4].tolist()) == {0, 8, 1, 2}  # 1, and 2 beside it; 8 lends nothing
+    assert keep_order(score, prunable)[0].tolist()[:4] == [0, 8, 1, 6]
+    near = pooled(score.masked_fill(~prunable, 0), 3)
+    assert set(keep_order(near, prunable)[0, :4].tolist()) == {0, 8, 1, 2}  # 1, and 2 beside it; 8 lends nothing
     assert pooled(score, 3)[0].tolist() == pytest.approx([0.9, 0.9, 0.9, 0.1, 0.0, 0.8, 0.8, 1.0, 1.0])
 
 
@@ -240,7 +242,7 @@ def test_a_full_rank_sketch_is_a_rotation(lanes, tokens, dim, seed):
 
 @examples
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 12), st.sampled_from([16, 32]), st.integers(0, 99))
-def test_chunk_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group, chunks, page_size, seed):
+def test_sketch_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group, chunks, page_size, seed):
     generator = torch.Generator().manual_seed(seed)
     dim, rank, tokens = 16, 4, chunks * page_size
     q = torch.randn(lanes, group, dim, generator=generator)
@@ -252,7 +254,7 @@ def test_chunk_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group, 
     for lane in range(lanes):
         pool[table[lane]] = pack_sketch(z[lane], page_size)
     valid = torch.randint(0, chunks + 1, (lanes,), generator=generator)
-    scores = chunk_scores(q, pool, table, valid, basis, step)
+    scores = sketch_scores(q, pool, table, valid, basis, step)
 
     approximate = (z * step[:, None] + offset[:, None]) @ basis.mT  # (L, T, D)
     for lane in range(lanes):
@@ -263,6 +265,22 @@ def test_chunk_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group, 
             mass = weights.view(group, n, page_size).sum(-1).mean(0)
             torch.testing.assert_close(scores[lane, :n], mass, atol=1e-5, rtol=1e-4)
             assert set(select(scores, table, 1)[lane].tolist()) == {int(table[lane, scores[lane].argmax()])}
+
+
+@examples
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 12), st.integers(0, 99))
+def test_bounds_are_above_every_exact_score(lanes, group, chunks, seed):
+    """Before the softmax over chunks, Quest's score is at least that of the chunk's best key."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(lanes, group, 8, generator=generator)
+    k = torch.randn(lanes, chunks, 16, 8, generator=generator)
+    low, high = (torch.cat((torch.zeros(1, 8), t.reshape(-1, 8))) for t in (k.amin(2), k.amax(2)))
+    table = torch.arange(lanes * chunks).view(lanes, chunks) + 1
+    scores = bound_scores(q, low, high, table, torch.full((lanes,), chunks))
+    sides = torch.maximum(q[:, :, None] * k.amin(2)[:, None], q[:, :, None] * k.amax(2)[:, None]).sum(-1) * 8**-0.5
+    best = (q[:, :, None, None] * k[:, None]).sum(-1).amax(-1) * 8**-0.5  # (L, G, C)
+    assert (sides >= best - 1e-5).all()
+    torch.testing.assert_close(scores, sides.softmax(-1).mean(1))
 
 
 def test_the_sketch_finds_most_of_the_attention():
@@ -276,7 +294,7 @@ def test_the_sketch_finds_most_of_the_attention():
     exact = (q[0] @ k[0].T * 64**-0.5).softmax(-1).view(50, 250, 16).sum(-1)
     found = best = 0.0
     for i in range(50):
-        chosen = select(chunk_scores(q[:, i : i + 1], pool, table, torch.tensor([250]), basis, step), table, 25)[0]
+        chosen = select(sketch_scores(q[:, i : i + 1], pool, table, torch.tensor([250]), basis, step), table, 25)[0]
         found += float(exact[i, chosen].sum())
         best += float(exact[i].topk(25).values.sum())
     assert best > 2 * 50 * 0.1  # attention is not spread evenly: a random tenth would find a tenth

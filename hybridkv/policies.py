@@ -1,0 +1,96 @@
+"""Cache policies of the literature, each a small function from a prompt's record to a `Plan`.
+
+All obey the same budget, keep the same always-kept tokens (text, sinks, recent) and run in the same compiled step, so a
+comparison compares policies and nothing else. Where a paper's method does more than choose tokens, the docstring says
+what is left out.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hybridkv.plan import Plan, budgeted_plan, full_plan, hybrid_plan
+from hybridkv.profile import Prefill
+from hybridkv.prune import pooled
+
+ADAKV_SAFEGUARD = 0.2  # share of a layer's budget that AdaKV spreads evenly over its heads
+PYRAMIDKV_BETA = 20  # PyramidKV's last layer gets 1 / beta of the mean budget
+
+
+def shape(prefill: Prefill) -> tuple[int, int]:
+    """(layers, H)"""
+    return len(prefill.layers), prefill.layers[0].k.shape[0]
+
+
+def pruned_plan(prefill: Prefill, score: list[Tensor], weight: Tensor | None = None) -> Plan:
+    """Every head static, keeping its best-scored tokens; heads share by `weight` (layers, H), or equally."""
+    return budgeted_plan(prefill, torch.zeros(shape(prefill), dtype=torch.bool), score, weight)
+
+
+def window_scores(prefill: Prefill) -> list[Tensor]:
+    """SnapKV's scores: attention summed over the window's queries, max-pooled over neighbouring tokens, (H, T) each."""
+    masked = (layer.mean_score.masked_fill(~prefill.prunable, 0.0) for layer in prefill.layers)
+    return [pooled(score, prefill.config.pool) for score in masked]
+
+
+def streaming(prefill: Prefill) -> Plan:
+    """StreamingLLM (arXiv 2309.17453): the first tokens and the most recent ones."""
+    recency = torch.arange(len(prefill.prunable), device=prefill.prunable.device, dtype=torch.float32)
+    return pruned_plan(prefill, [recency.expand(layer.score.shape) for layer in prefill.layers])
+
+
+def snapkv(prefill: Prefill) -> Plan:
+    """SnapKV (arXiv 2404.14469): what the prompt's last queries attend to, clustered by pooling; equal shares."""
+    return pruned_plan(prefill, window_scores(prefill))
+
+
+def lookm(prefill: Prefill) -> Plan:
+    """LOOK-M (arXiv 2406.18139), text prior: text is kept, visual tokens compete by the attention of text; no pooling.
+
+    Left out: merging dropped tokens into kept ones.
+    """
+    return pruned_plan(prefill, [layer.mean_score for layer in prefill.layers])
+
+
+def pyramidkv(prefill: Prefill) -> Plan:
+    """PyramidKV (arXiv 2406.02069): SnapKV's tokens; budgets fall linearly from first to last layer."""
+    layers, heads = shape(prefill)
+    last = 1 / PYRAMIDKV_BETA
+    weight = torch.linspace(2 - last, last, layers) if layers > 1 else torch.ones(1)
+    return pruned_plan(prefill, window_scores(prefill), weight[:, None].expand(layers, heads))
+
+
+def adakv(prefill: Prefill) -> Plan:
+    """AdaKV (arXiv 2407.11550): SnapKV's tokens; heads share by how many of their layer's best are theirs."""
+    layers, heads = shape(prefill)
+    scores, prunable = window_scores(prefill), prefill.prunable
+    kept = max(1, int(prefill.config.budget * len(prunable)) - int((~prunable).sum())) * heads
+    weight = torch.empty(layers, heads)
+    for i, score in enumerate(scores):
+        competing = score[:, prunable].flatten()
+        best = competing.topk(min(kept, competing.numel())).indices // max(1, int(prunable.sum()))
+        share = best.bincount(minlength=heads).cpu() / max(1, best.numel())
+        weight[i] = (1 - ADAKV_SAFEGUARD) * share + ADAKV_SAFEGUARD / heads
+    return pruned_plan(prefill, scores, weight)
+
+
+def quest(prefill: Prefill) -> Plan:
+    """Quest (arXiv 2406.10774): nothing is dropped; every head reads the chunks with the highest bound on their scores.
+
+    Left out: two first layers without compression, which would not fit a small budget. Wants
+    `config.retrieval = "bound"`.
+    """
+    return budgeted_plan(prefill, torch.ones(shape(prefill), dtype=torch.bool))
+
+
+POLICIES: dict[str, Callable[[Prefill], Plan]] = {
+    "hybrid": hybrid_plan,
+    "full": full_plan,
+    "streaming": streaming,
+    "snapkv": snapkv,
+    "lookm": lookm,
+    "pyramidkv": pyramidkv,
+    "adakv": adakv,
+    "quest": quest,
+}

@@ -1,0 +1,121 @@
+"""Every policy on one engine: the same budget, the same floors, and the tokens that its paper would keep."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from demo.tiny_vlm import config as tiny_config
+from demo.tiny_vlm import random_model
+from hybridkv import Engine, HybridConfig
+from hybridkv.plan import Costs
+from hybridkv.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, streaming
+from tests.lab import Bench, check, prompt, prompts, random_prefill
+
+TOKENS = 800
+MASK = torch.arange(TOKENS) < TOKENS - 20
+
+
+def prefill(config: HybridConfig, layers: int = 4, heads: int = 2):
+    return random_prefill(config, layers, (heads, 2, TOKENS, 16), MASK, 0, torch.float32)
+
+
+def kept(plan, layer: int, head: int) -> set[int]:
+    return set(plan.order[layer][head, : int(plan.pages[layer, head]) * plan.page_size].tolist())
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(sorted(POLICIES)), prompts(), st.sampled_from([0.3, 0.5, 0.8]), st.integers(0, 99), st.booleans()
+)
+def test_each_policy_obeys_the_budget_and_decodes_exactly_what_it_planned(name, mask, budget, seed, bounds):
+    config = HybridConfig(budget=budget, strict=False, retrieval="bound" if bounds or name == "quest" else "sketch")
+    record = random_prefill(config, 2, (2, 3, len(mask), 16), mask, seed, torch.float32)
+    plan, costs = POLICIES[name](record), Costs.of(config, 16, torch.float32)
+    full = len(mask) * 4 * 2 * 16 * 4
+    at_floor = (plan.pages <= plan.always_pages + plan.dynamic * 2).all()
+    assert name == "full" or at_floor or plan.step_bytes(costs) <= budget * full
+    bench = Bench([record], [plan], 18, seed)
+    for _ in range(18):
+        check(bench.step(3))
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full"}))
+def test_all_read_as_much_as_the_budget_allows(name):
+    """To the page, and up to what longer tables were charged: no policy is handicapped by the engine."""
+    config = HybridConfig(budget=0.3, retrieval="bound" if name == "quest" else "sketch")
+    plan, costs = POLICIES[name](prefill(config)), Costs.of(config, 16, torch.float32)
+    full = TOKENS * 8 * 2 * 16 * 4
+    assert 0.3 * full - costs.page - 8 * (plan.whole_pages + 1) * costs.entry < plan.step_bytes(costs) <= 0.3 * full
+
+
+def test_streaming_keeps_the_first_and_the_last():
+    plan = streaming(prefill(HybridConfig(budget=0.3)))
+    for layer in range(4):
+        recent = int(plan.pages[layer, 0]) * 16 - 4
+        assert kept(plan, layer, 0) == {0, 1, 2, 3, *range(TOKENS - recent, TOKENS)}
+
+
+def test_snapkv_keeps_what_the_window_attends_to_most():
+    config = HybridConfig(budget=0.3, pool=1)
+    record = prefill(config)
+    record.layers[1].mean_score[0, 100:150] = 5.0
+    plan = snapkv(record)
+    assert set(range(100, 150)) <= kept(plan, 1, 0) and not set(range(100, 150)) <= kept(plan, 1, 1)
+    assert int(plan.pages.max() - plan.pages.min()) <= 1  # equal shares, to the page
+
+
+def test_lookm_does_not_pool_and_snapkv_does():
+    config = HybridConfig(budget=0.3, pool=15)
+    record = prefill(config)
+    for layer in record.layers:
+        layer.mean_score.zero_()
+        layer.mean_score[:, 400] = 1.0
+        layer.mean_score[:, 500:780] = 0.5  # more than the budget holds
+    assert {393, 400, 407} <= kept(snapkv(record), 0, 0)
+    assert 400 in kept(lookm(record), 0, 0) and not {399, 401} & kept(lookm(record), 0, 0)
+
+
+def test_pyramidkv_gives_the_first_layers_more():
+    pages = pyramidkv(prefill(HybridConfig(budget=0.3))).pages.sum(1)
+    assert pages.tolist() == sorted(pages.tolist(), reverse=True) and pages[0] > 3 * pages[-1]
+
+
+def test_adakv_gives_a_head_that_spreads_more_than_one_that_does_not():
+    record = prefill(HybridConfig(budget=0.3, pool=1))
+    for layer in record.layers:
+        layer.mean_score[0] = 1.0  # this head's tokens are all among the layer's best
+    pages = adakv(record).pages
+    assert (pages[:, 0] > 3 * pages[:, 1]).all() and (pages[:, 1] >= 2).all()
+
+
+def test_quest_drops_nothing():
+    plan = quest(prefill(HybridConfig(budget=0.3, retrieval="bound")))
+    assert plan.dynamic.all() and (plan.n_retrieve > 0).all()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config(layers=2, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_engines_run_every_policy(model, name):
+    engine = Engine(model, HybridConfig(budget=0.4), name, compile=False)
+    (result,) = engine.generate([prompt(500, 0)], 20)
+    assert len(result.token_ids) == 20
+    assert engine.stats.dynamic_heads == {"hybrid": 2, "quest": 4}.get(name, 0)
+
+
+def test_quest_compiled_is_quest_uncompiled(model):
+    prompts = [prompt(500, 0), prompt(400, 1)]
+    expected = Engine(model, HybridConfig(budget=0.4), "quest", compile=False).generate(prompts, 40)
+    actual = Engine(model, HybridConfig(budget=0.4), "quest").generate(prompts, 40)
+    assert [r.token_ids for r in actual] == [r.token_ids for r in expected]
+
+
+def test_a_policy_of_ones_own(model):
+    """A function from a record to a plan is all it takes."""
+    engine = Engine(model, HybridConfig(budget=0.4), lambda record: streaming(record), compile=False)
+    named = Engine(model, HybridConfig(budget=0.4), "streaming", compile=False)
+    assert engine.generate([prompt(500, 0)], 10)[0].token_ids == named.generate([prompt(500, 0)], 10)[0].token_ids
