@@ -1,7 +1,7 @@
 """HybridKV (arXiv 2604.05887) in PyTorch: a key-value cache whose heads are pruned or retrieved, whichever suits them.
 
-The method, in the order in which data flows: `profile`, `classify`, `budget`, `prune`, `retrieve`, `plan`, `pages`,
-`pack`, `attention`, `cache`, `decode`.
+The method, in the order in which data flows: `profile`, `classify`, `budget`, `prune`, `retrieve`, `plan`,
+`policies`, `pages`, `pack`, `attention`, `cache`, `decode`.
 """
 
 from hybridkv.budget import BudgetError
