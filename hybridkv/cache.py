@@ -1,9 +1,9 @@
 """The cache: one page pool for all layers, lanes and sequences, and the tables that say who reads what.
 
-    cache = HybridCache(Capacity.of(plans, new_tokens), prefills, config)
-    cache.load(prefills, plans)
-    out = cache[layer](q, k, v)   # inside the compiled step, for every layer
-    cache.advance(active)         # once at the end of the step
+    cache = HybridCache(Capacity.of(plans, new_tokens), len(prefills), prefills[0])
+    cache.load(prefills, plans, new_tokens)
+    out = cache[layer](q, k, v)  # inside the compiled step, for every layer
+    cache.advance(active)  # once at the end of the step
 
 A decoding step only reads and writes tensors of fixed size: nothing depends on a value, so nothing synchronises or
 recompiles, and another prompt is loaded into the same tensors.
@@ -72,7 +72,7 @@ class HybridCache(nn.Module):
             self.register_buffer(f"layer{layer}", torch.tensor(layer, device=key.device), persistent=False)
         buffer("next_page", 2)  # the first free page of the store, and of the rest
         summary = KeySketch if config.retrieval == "sketch" else KeyBounds
-        self.summary = summary(capacity.n_store, capacity.sketches, self.page_size, dim, config.rank(dim), key)
+        self.summary = summary(capacity.n_store, capacity.rows, self.page_size, dim, config.rank(dim), key)
         self._loaded: list[Plan] = []
         self._prompt_pages = (0, 0)
 

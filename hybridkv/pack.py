@@ -15,7 +15,7 @@ class Placement:
 
     Attributes:
         fixed: (layers, B, H, F) full pages that are always read. chunks: (layers, B, H, C) store pages.
-        tail: page that new tokens fill. row: row of a dynamic lane's sketch basis, from 1; 0 for the others.
+        tail: page that new tokens fill. row: number of a dynamic lane among all, from 1; 0 for the others.
         next_page: first free page of the store, and of the rest.
         slots: slots[layer][b][h] are a lane's slots in the order of `lane_tokens`.
     """

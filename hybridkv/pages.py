@@ -2,7 +2,7 @@
 
 The pool is one key and one value tensor of `n_pages * page_size` slots for all layers, lanes and sequences. Page 0 is
 nobody's: padding in tables points to it. Pages below `n_store` are the *store*: chunks of dynamic lanes, each with a
-key sketch under the same number. The others hold what is read at every step.
+summary of its keys under the same number. The others hold what is read at every step.
 """
 
 from dataclasses import astuple, dataclass
@@ -27,7 +27,7 @@ class Capacity:
     fixed: int  # columns of the table of fixed pages
     chunks: int  # columns of the table of chunks
     retrieve: int  # most chunks that any lane retrieves; 0 leaves retrieval out of the graph
-    sketches: int  # dynamic lanes, and one row for all others
+    rows: int  # dynamic lanes, and one for all others
 
     @classmethod
     def of(cls, plans: list[Plan], new_tokens: int) -> "Capacity":
@@ -41,8 +41,8 @@ class Capacity:
             chunks = max(chunks, int((plan.dynamic * (plan.n_chunks + tails)).max()))
         retrieve = max(int(plan.n_retrieve.max()) for plan in plans)
         store, other, chunks, retrieve = (bucket(n) for n in (store, other, chunks, retrieve))
-        sketches = bucket(1 + sum(int(plan.dynamic.sum()) for plan in plans))
-        return cls(store + other, store, bucket(fixed), max(chunks, retrieve), retrieve, sketches)
+        rows = bucket(1 + sum(int(plan.dynamic.sum()) for plan in plans))
+        return cls(store + other, store, bucket(fixed), max(chunks, retrieve), retrieve, rows)
 
     def covers(self, other: "Capacity") -> bool:
         """Whether a cache of this capacity can hold what needs `other`."""
