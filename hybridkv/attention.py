@@ -28,7 +28,8 @@ def attend_pages(
     Args:
         q: (L, 1, G, D).
         keys, values: (1, 1, slots, D), the pool.
-        pages: (L, P) int32 page numbers, of which the first n_pages (L,) int32 are read whole.
+        pages: (L, P) int32 page numbers, of which the first n_pages (L,) int32 are read whole. Not views into larger
+            tables: FlexAttention's CPU kernel forgets a view's storage offset. (`index_select` makes no view.)
         tail, fill: (layers, L) int32; of page tail[layer], slots up to and including fill[layer] are read. They come
             whole because FlexAttention wants what a mask captures to be inputs of the graph, not computed in it.
         layer: () int64.
