@@ -1,6 +1,6 @@
 # make demo    the hybrid cache beside the full cache, on a picture and on a long text
 # make test    lint and tests
-# Both make their own virtual environment with pinned versions. PYTHON chooses the interpreter.
+# Both make their own virtual environment with pinned versions. PYTHON chooses the interpreter, 3.11 or later.
 
 PYTHON ?= python3
 VENV := .venv

@@ -32,7 +32,6 @@ class CacheBytes:
     Attributes:
         full: a plain full cache of the prompts.
         resident: held on the device: pages taken for the prompts, their chunk summaries, and every other tensor whole.
-        store: the part of `resident` in chunks that a step reads only when it retrieves them.
         step: read by one decoding step; what the budget bounds.
         new: pages and summaries taken for generated tokens, on top of `resident`.
         allocated: all tensors, spare pages included.
@@ -40,7 +39,6 @@ class CacheBytes:
 
     full: int
     resident: int
-    store: int
     step: int
     new: int
     allocated: int
@@ -238,7 +236,6 @@ class HybridCache(nn.Module):
         return CacheBytes(
             full=sum(full_bytes(plan.tokens, lanes, costs, self.page_size) for plan in plans),
             resident=pages(prompt) + null_page + tables,
-            store=sum(int((plan.n_chunks - plan.n_retrieve).sum()) for plan in plans) * costs.page,
             step=sum(plan.step_bytes(costs) for plan in plans),
             new=pages(generated),
             allocated=sum(t.nbytes for t in self.buffers()),
