@@ -8,6 +8,7 @@ and benchmarks a model of any shape.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -95,14 +96,21 @@ def config(
     }
 
 
-def save_processing(folder: Path) -> None:
-    """Writes a byte-level tokenizer with Qwen2.5-VL's special tokens and chat format, and an image processor's file."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def save_processing(folder: Path, vocabulary: Sequence[str] = (), pattern: str = "") -> None:
+    """Writes a byte-level tokenizer with Qwen2.5-VL's special tokens and chat format, and an image processor's file.
+
+    Args:
+        vocabulary: all tokens in order, special ones last; empty for the bytes alone.
+        pattern: regular expression of the pieces that may be one token; empty for bytes alone.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens = vocabulary[: -len(SPECIAL)] or sorted(byte_level.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(tokens)}, merges=[], ignore_merges=True))
+    pieces = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*pieces, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     fast = PreTrainedTokenizerFast(

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from demo import boards as bd
 from demo.muon import Muon
-from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode, token_id
+from demo.tiny_vlm import save_processing
+from demo.vocabulary import KEY_TOKENS, VOCABULARY, WORD, encode, token_id
 from model.config import parse_config
 from model.decoder import Model
 from model.rope import prompt_positions
@@ -74,7 +76,7 @@ class Batch:
 
 def patchify(pixels: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 to (N, 1176), as the image processor of Qwen2-VL does without resizing."""
-    x = (torch.from_numpy(pixels).float() / 255 - MEAN) / STD
+    x = (torch.tensor(pixels).float() / 255 - MEAN) / STD
     x = rearrange(x, "(r a y) (c b x) k -> (r c a b) k 1 (y x)", a=2, b=2, y=14, x=14)
     return x.expand(-1, -1, 2, -1).flatten(1)
 
@@ -192,16 +194,20 @@ def config(hidden_size: int, layers: int, heads: int, kv_heads: int, mlp: int, v
 
 
 class KeyTable(nn.Module):
-    """(vocab, C) weights in which a key token is the sum of its two glyphs' rows."""
+    """(vocab, C) weights in which a key token is the sum of its two glyphs' rows. The glyph after the last is none."""
 
     def __init__(self, width: int, std: float):
         super().__init__()
         self.rest = nn.Parameter(torch.randn(len(VOCABULARY), width) * std)
-        self.first, self.second = (nn.Parameter(torch.randn(len(bd.GLYPHS), width) * std) for _ in range(2))
+        self.first, self.second = (nn.Parameter(torch.randn(len(bd.GLYPHS) + 1, width) * std) for _ in range(2))
 
     def table(self) -> Tensor:
-        keys = rearrange(self.first[:, None] + self.second, "a b c -> (a b) c")
+        keys = rearrange(self.first[:-1, None] + self.second[:-1], "a b c -> (a b) c")
         return torch.cat([self.rest[: KEY_TOKENS.start], keys, self.rest[KEY_TOKENS.stop :]])
+
+    def glyph_logits(self, x: Tensor) -> Tensor:
+        """How well the rows of the first and the second glyph fit: (M, C) to (M, 2, 49)."""
+        return torch.stack([x @ self.first.T, x @ self.second.T], 1)
 
 
 class Trainee(nn.Module):
@@ -211,45 +217,34 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = Model(parse_config(raw))
         width = self.model.cfg.hidden_size
-        self.embed, self.head = KeyTable(width, 0.5), KeyTable(width, 0.02)
+        self.embed, self.head = KeyTable(width, 0.1), KeyTable(width, 0.1)
         del self.model.embed_tokens, self.model.lm_head
-        parts = {"key": 2, "value": 2, "right": 2, "down": 2, "colour": 1}
-        classes = {k: len(bd.COLOURS) if k == "colour" else len(bd.GLYPHS) + 1 for k in parts}
-        self.parts = parts
-        self.probes = nn.ModuleDict({k: nn.Linear(width, parts[k] * classes[k]) for k in parts})
+        self.right, self.down = KeyTable(width, 0.1), KeyTable(width, 0.1)
+        del self.right.rest, self.down.rest
+        self.colour = nn.Linear(width, len(bd.COLOURS))
         for name, p in self.model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
                 nn.init.zeros_(p)  # every block starts as the identity
 
     def see(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Visual embeddings (B * n * R * C, C) and the auxiliary losses."""
+        """Visual embeddings (B * n * R * C, C) and the auxiliary losses.
+
+        A cell's own key is read off with the rows of the input embeddings, its pointer with those of the output head:
+        pictures come in the code that text already has.
+        """
         seen = self.model.visual(batch.patches, batch.grids)
-        losses = {}
-        for kind, probe in self.probes.items():
-            logits = rearrange(probe(seen), "m (p c) -> (m p) c", p=self.parts[kind])
-            losses[kind] = F.cross_entropy(logits.float(), batch.cells[kind].flatten())
+        named = {"key": self.embed, "value": self.head, "right": self.right, "down": self.down}
+        losses = {
+            kind: F.cross_entropy(table.glyph_logits(seen).flatten(0, 1), batch.cells[kind].flatten())
+            for kind, table in named.items()
+        }
+        losses["colour"] = F.cross_entropy(self.colour(seen), batch.cells["colour"][:, 0])
         return seen, losses
 
-    def forward(self, batch: Batch, frozen: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits (M, vocab) at the M labelled tokens, and the auxiliary losses. `frozen` leaves vision untrained."""
-        with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
-            seen, losses = self.see(batch)
-        size, prefix = len(batch.ids), len(batch.prefix)
-        table = self.embed.table()
-        ids = torch.cat([batch.prefix.expand(size, -1), batch.ids], 1)
-        x = F.embedding(ids, table)
-        x = x.masked_scatter((ids == IMAGE)[..., None], seen.to(x.dtype))
-        n = len(batch.grids) // size
-        start = prompt_positions(batch.prefix.cpu(), IMAGE, -1, batch.grids[:n], [0.0] * n, 2, 1.0).to(x.device)
-        asked = (batch.position + start.max() + 1).expand(3, -1, -1)
-        positions = torch.cat([start[:, None].expand(-1, size, -1), asked], 2)
-
-        own = batch.question[:, :, None] == batch.question[:, None]
-        own &= torch.ones_like(own[0]).tril()
-        mask = torch.cat([own.new_ones(*own.shape[:2], prefix), own], 2)[:, None]  # (B, 1, T, P + T)
-        kv = partial(attend, prefix=prefix, mask=mask)
-        hidden = self.model(x, positions, [kv] * len(self.model.layers))[:, prefix:]
-        return F.linear(hidden[batch.labels >= 0], self.head.table()), losses
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (M, vocab) at the M labelled tokens, and the auxiliary losses."""
+        seen, losses = self.see(batch)
+        return F.linear(answer_states(self.model, self.embed.table(), seen, batch), self.head.table()), losses
 
     def export(self) -> dict[str, Tensor]:
         """Published names to bf16 tensors."""
@@ -257,6 +252,30 @@ class Trainee(nn.Module):
         state |= {"embed_tokens.weight": self.embed.table(), "lm_head.weight": self.head.table()}
         published = {k if k.startswith(("visual.", "lm_head.")) else f"model.{k}": v for k, v in state.items()}
         return {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in published.items()}
+
+
+def answer_states(model: Model, table: Tensor, seen: Tensor, batch: Batch) -> Tensor:
+    """Hidden states (M, C) at the M labelled tokens.
+
+    Args:
+        table: (vocab, C) input embeddings.
+        seen: (B * n * R * C, C) visual embeddings.
+    """
+    size, prefix = len(batch.ids), len(batch.prefix)
+    ids = torch.cat([batch.prefix.expand(size, -1), batch.ids], 1)
+    x = F.embedding(ids, table)
+    x = x.masked_scatter((ids == IMAGE)[..., None], seen.to(x.dtype))
+    n = len(batch.grids) // size
+    start = prompt_positions(batch.prefix.cpu(), IMAGE, -1, batch.grids[:n], [0.0] * n, 2, 1.0).to(x.device)
+    asked = (batch.position + start.max() + 1).expand(3, -1, -1)
+    positions = torch.cat([start[:, None].expand(-1, size, -1), asked], 2)
+
+    own = batch.question[:, :, None] == batch.question[:, None]
+    own &= torch.ones_like(own[0]).tril()
+    mask = torch.cat([own.new_ones(*own.shape[:2], prefix), own], 2)[:, None]  # (B, 1, T, P + T)
+    kv = partial(attend, prefix=prefix, mask=mask)
+    hidden = model(x, positions, [kv] * len(model.layers))[:, prefix:]
+    return hidden[batch.labels >= 0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: int, mask: Tensor) -> Tensor:
@@ -277,11 +296,10 @@ class Stage:
     Attributes:
         steps: how many.
         low, high: bounds of rows and columns, drawn log-uniformly.
-        cells: boards a step, counted in cells; and at most so many cells in a prompt.
+        cells: boards a step, counted in cells; and at most so many cells in a prompt, unless `largest` is above it.
         room: tokens of questions and answers beside every prompt; 0 trains the vision tower alone.
         several: share of steps with two to four boards; and `compared` with two boards to compare.
         probe: weight of the auxiliary losses.
-        frozen: the vision tower stays as it is: a handful of cells a step would make it forget.
         lr: learning rate at the stage's first and last step, as a share of the full one.
     """
 
@@ -294,7 +312,7 @@ class Stage:
     several: float = 0.0
     compared: float = 0.0
     probe: float = 0.5
-    frozen: bool = False
+    largest: int = 0
     lr: tuple[float, float] = (1.0, 1.0)
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
 
@@ -302,18 +320,19 @@ class Stage:
 SINGLE = {"lookup": 2, "lookups": 1, "colour": 1, "right": 2, "down": 2, "chain": 3, "describe": 1}
 SEVERAL = {"which": 4, "lookup": 2, "chain": 2, "right": 1, "down": 1}
 COMPARED = {"compare": 2, "changed": 1}
-FIRST = {"lookup": 1, "chain": 2, "right": 1}
 
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, probe=1.0),
     Stage("neighbours", 300, 6, 12, cells=2400, room=0, probe=1.0),
-    Stage("first", 250, 4, 4, cells=192, room=192, frozen=True),
-    Stage("small", 500, 4, 12, cells=600, room=256, several=0.2, compared=0.15),
-    Stage("middle", 500, 6, 24, cells=1200, room=384, several=0.2, compared=0.15),
-    Stage("large", 500, 8, 40, cells=2400, room=384, several=0.2, compared=0.15, lr=(1.0, 0.05)),
+    Stage("first", 150, 2, 3, cells=240, room=56, tasks={"lookup": 1, "chain": 2}),
+    Stage("tasks", 300, 3, 6, cells=360, room=96, several=0.2, compared=0.2),
+    Stage("small", 500, 4, 12, cells=800, room=160, several=0.2, compared=0.2),
+    Stage("middle", 500, 6, 24, cells=1500, room=256, several=0.2, compared=0.15),
+    Stage("large", 500, 8, 64, cells=2400, room=320, largest=4096, several=0.2, compared=0.15, lr=(1.0, 0.03)),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
+SAVE_EVERY = 50
 
 
 def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str, float]]:
@@ -326,7 +345,7 @@ def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str,
             scene, tasks = Scene(rows, cols, int(rng.integers(2, 5))), SEVERAL
         else:
             scene, tasks = Scene(rows, cols), stage.tasks
-        if scene.cells <= stage.cells or stage.low == stage.high:
+        if scene.cells <= max(stage.cells, stage.largest):
             return scene, tasks
 
 
@@ -365,7 +384,7 @@ def step(trainee: Trainee, opts: list, batch: Batch, stage: Stage, done: int) ->
         for group in opt.param_groups:
             group["lr"] = lr * share * min(1, (done + 1) / WARMUP)
     if stage.room:
-        logits, probes = trainee(batch, stage.frozen)
+        logits, probes = trainee(batch)
         answers = F.cross_entropy(logits, batch.labels[batch.labels >= 0])
     else:
         logits, answers, probes = None, torch.zeros(()), trainee.see(batch)[1]
@@ -416,7 +435,12 @@ def train(folder: Path, size: str, device: str) -> Trainee:
     return trainee
 
 
-SAVE_EVERY = 50
+def export(trainee: Trainee, raw: dict, folder: Path) -> None:
+    """Writes the checkpoint folder: config, weights in bf16, tokenizer and image processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    save_file(trainee.export(), folder / "model.safetensors", metadata={"format": "pt"})
+    save_processing(folder, VOCABULARY, WORD)
 
 
 def main() -> None:
@@ -426,7 +450,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    train(args.folder, args.size, args.device)
+    trainee = train(args.folder, args.size, args.device)
+    export(trainee, config(**SIZES[args.size]), args.folder / "checkpoint")
 
 
 if __name__ == "__main__":
