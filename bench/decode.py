@@ -116,7 +116,7 @@ def main() -> None:
     for context in args.contexts:
         contenders = {"dense": ("dense", HybridConfig()), "full": ("full", HybridConfig())}
         for budget in args.budgets:
-            contenders[f"hybrid {budget:g}"] = ("hybrid", replace(HybridConfig(), budget=budget))
+            contenders[f"hybridkv {budget:g}"] = ("hybridkv", replace(HybridConfig(), budget=budget))
         engines, compiles, times, reads = {}, {}, {name: [] for name in contenders}, {}
         for name, (policy, config) in contenders.items():
             engines[name], compiles[name] = ready(model, policy, config, args, context)

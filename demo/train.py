@@ -301,6 +301,8 @@ class Stage:
         several: share of steps with two to four boards; and `compared` with two boards to compare.
         probe: weight of the auxiliary losses.
         lr: learning rate at the stage's first and last step, as a share of the full one.
+        vision: share of that for the vision tower. Muon's steps have the same length however small the gradient is:
+            at the full rate a tower that reads well forgets.
     """
 
     name: str
@@ -314,6 +316,7 @@ class Stage:
     probe: float = 0.5
     largest: int = 0
     lr: tuple[float, float] = (1.0, 1.0)
+    vision: float = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
 
 
@@ -325,10 +328,11 @@ STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, probe=1.0),
     Stage("neighbours", 300, 6, 12, cells=2400, room=0, probe=1.0),
     Stage("first", 150, 2, 3, cells=240, room=56, tasks={"lookup": 1, "chain": 2}),
-    Stage("tasks", 300, 3, 6, cells=360, room=96, several=0.2, compared=0.2),
-    Stage("small", 500, 4, 12, cells=800, room=160, several=0.2, compared=0.2),
-    Stage("middle", 500, 6, 24, cells=1500, room=256, several=0.2, compared=0.15),
-    Stage("large", 500, 8, 64, cells=2400, room=320, largest=4096, several=0.2, compared=0.15, lr=(1.0, 0.03)),
+    Stage("tasks", 250, 3, 6, cells=360, room=96, several=0.2, compared=0.2),
+    Stage("settle", 200, 3, 6, cells=480, room=96, several=0.2, compared=0.15, vision=0.1, lr=(0.7, 0.5)),
+    Stage("small", 500, 4, 12, cells=800, room=160, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.5)),
+    Stage("middle", 500, 6, 24, cells=1500, room=256, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.5)),
+    Stage("large", 500, 8, 64, 2400, 320, largest=4096, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.02)),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
@@ -350,14 +354,19 @@ def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str,
 
 
 def optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for tables, probes, the patch embedding, norms and biases."""
-    hidden, rest = [], []
+    """Muon for the hidden matrices, AdamW for tables, patch embedding, norms and biases; vision in groups of its own."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, p in trainee.named_parameters():
-        matrix = p.dim() == 2 and name.startswith("model.") and "patch_embed" not in name
-        (hidden if matrix else rest).append(p)
+        vision = name.startswith("model.visual.")
+        matrix = p.dim() == 2 and name.startswith("model.")
+        groups.setdefault((matrix, vision), []).append(p)
+
+    def grouped(matrix: bool) -> list[dict]:
+        return [{"params": groups[matrix, vision], "vision": vision} for vision in (False, True)]
+
     return [
-        Muon(hidden, lr=MUON_LR),
-        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
+        Muon(grouped(True), lr=MUON_LR),
+        torch.optim.AdamW(grouped(False), lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
@@ -382,7 +391,7 @@ def step(trainee: Trainee, opts: list, batch: Batch, stage: Stage, done: int) ->
     share = last + (first - last) * (1 + math.cos(math.pi * done / stage.steps)) / 2
     for opt, lr in zip(opts, (MUON_LR, ADAM_LR), strict=True):
         for group in opt.param_groups:
-            group["lr"] = lr * share * min(1, (done + 1) / WARMUP)
+            group["lr"] = lr * share * (stage.vision if group["vision"] else 1) * min(1, (done + 1) / WARMUP)
     if stage.room:
         logits, probes = trainee(batch)
         answers = F.cross_entropy(logits, batch.labels[batch.labels >= 0])

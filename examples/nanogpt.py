@@ -86,7 +86,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig()).eval()
     prompt = Prompt(torch.randint(256, (1500,)))
-    for policy in ("full", "hybrid"):
+    for policy in ("full", "hybridkv"):
         engine = Engine(model, HybridConfig(budget=0.25), policy)
         (result,) = engine.generate([prompt], max_new_tokens=32)
         read = engine.stats.bytes.step / engine.stats.bytes.full

@@ -5,7 +5,11 @@ be pruned by what they point at: *static*. A head whose text queries spread over
 will look somewhere else again while the answer is written: *dynamic*.
 """
 
+import torch
 from torch import Tensor
+
+from hybridkv.config import HybridConfig
+from hybridkv.head_profile import HeadProfile
 
 
 def settled_share(context_mass: Tensor, overlap: Tensor) -> Tensor:
@@ -18,20 +22,35 @@ def ranks(x: Tensor) -> Tensor:
     return x.flatten().argsort(stable=True).argsort(stable=True).view_as(x)
 
 
-def classify(context_mass: Tensor, overlap: Tensor, share: float | None, threshold: float) -> Tensor:
+def movement(context_mass: Tensor, overlap: Tensor) -> Tensor:
+    """Rank of each head by how much it looks at the context and how much that moves: (layers, H), 0 is most settled."""
+    return ranks(ranks(context_mass) + ranks(1 - overlap))
+
+
+def classify(context_mass: Tensor, overlap: Tensor, config: HybridConfig) -> Tensor:
     """Which KV heads are dynamic.
 
     Args:
-        context_mass, overlap: (layers, H), from the profile.
-        share: wanted share of dynamic heads: those with the largest rank(context_mass) + rank(1 - overlap). None
-            takes the heads whose settled share is below `threshold`.
-        threshold: see `settled_share`.
+        context_mass, overlap: (layers, H), from the prompt's profile.
+        config: `classifier` chooses the ranking, `dynamic_share` how many of its last heads are dynamic.
 
     Returns:
         (layers, H) bool.
+
+    Raises:
+        ValueError: the offline head profile is for another model.
     """
-    if share is None:
-        return settled_share(context_mass, overlap) < threshold
-    wanted = round(share * context_mass.numel())
-    movement = ranks(ranks(context_mass) + ranks(1 - overlap))
-    return movement >= context_mass.numel() - wanted
+    heads = context_mass.numel()
+    match config.classifier:
+        case "threshold":
+            return settled_share(context_mass, overlap) < config.threshold
+        case "ranks":
+            order = movement(context_mass, overlap)
+        case "reversed":
+            order = -movement(context_mass, overlap)
+        case "random":  # other heads for every prompt, the same at every run
+            seed = int(context_mass.double().sum() * 1e6)
+            order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed)).view_as(context_mass)
+        case "profile":
+            order = HeadProfile.load(config.head_profile, context_mass.shape).need
+    return ranks(order) >= heads - round(config.dynamic_share * heads)

@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass
 
+CHOICES = {
+    "classifier": ("ranks", "threshold", "profile", "random", "reversed"),
+    "head_weight": ("uniform", "context"),
+    "retrieval": ("sketch", "bound"),
+    "score": ("max", "mean"),
+}
+
 
 @dataclass(frozen=True)
 class HybridConfig:
@@ -13,14 +20,20 @@ class HybridConfig:
         strict: what happens if the budget can't hold what must be kept, as with short prompts: True raises
             `BudgetError`, False keeps what must be kept and no more.
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
-        dynamic_share: share of KV heads, over all layers, that are dynamic. None decides by `threshold` instead.
-        threshold: with `dynamic_share=None`, a head is static when at least this share of its attention is settled
-            once the prompt is read (see `classify.settled_share`). The paper's fixed threshold is 0.9.
+        classifier: how heads are told apart: `ranks` (of context mass and movement), `threshold` (the paper's fixed
+            one), `profile` (an offline head profile); `random` and `reversed` are there to be beaten.
+        dynamic_share: share of KV heads, over all layers, that are dynamic; `threshold` does not look at it.
+        threshold: a head is static when at least this share of its attention is settled once the prompt is read (see
+            `classify.settled_share`). The paper's is 0.9.
+        head_profile: file of an offline profile (`python -m hybridkv.calibrate`), where one is needed.
         dynamic_weight: pages of a dynamic head for each page of a static head (the paper's coefficient between types).
+        head_weight: a head's claim within its type: `uniform`, or `context`, in proportion to the share of its
+            attention that falls on the context, at least CONTEXT_FLOOR.
         retrieval: how chunks are summed up for scoring: `sketch` or `bound` (see `retrieve`).
         sketch_rank: dimensions of the int8 key sketch; None takes a quarter of head_dim.
         window: the prompt's last text queries that the profile looks at.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
+        score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
         pool: width of the max-pooling over neighbouring tokens' scores before static heads are pruned; odd.
         sinks: first tokens of the prompt that every head keeps.
         recent: last tokens of the prompt that every head keeps.
@@ -29,13 +42,17 @@ class HybridConfig:
     budget: float = 0.1
     strict: bool = True
     page_size: int = 16
-    dynamic_share: float | None = 0.5
+    classifier: str = "ranks"
+    dynamic_share: float = 0.5
     threshold: float = 0.9
+    head_profile: str | None = None
     dynamic_weight: float = 1.0
+    head_weight: str = "uniform"
     retrieval: str = "sketch"
     sketch_rank: int | None = None
     window: int = 32
     top_share: float = 0.1
+    score: str = "max"
     pool: int = 15
     sinks: int = 4
     recent: int = 16
@@ -49,11 +66,12 @@ class HybridConfig:
         # FlexAttention's smallest block on GPUs is 16, and blocks must be powers of two.
         power = self.page_size >= 16 and self.page_size & (self.page_size - 1) == 0
         check(power, f"page_size must be a power of two from 16 on, got {self.page_size}")
-        share = self.dynamic_share
-        check(share is None or 0 <= share <= 1, f"dynamic_share must lie in [0, 1] or be None, got {share}")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            check(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        check(0 <= self.dynamic_share <= 1, f"dynamic_share must lie in [0, 1], got {self.dynamic_share}")
         check(0 <= self.threshold <= 1, f"threshold must lie in [0, 1], got {self.threshold}")
         check(self.dynamic_weight > 0, f"dynamic_weight must be positive, got {self.dynamic_weight}")
-        check(self.retrieval in ("sketch", "bound"), f"retrieval must be sketch or bound, got {self.retrieval!r}")
         check(self.sketch_rank is None or self.sketch_rank > 0, f"sketch_rank must be positive, got {self.sketch_rank}")
         check(self.window > 0, f"window must be positive, got {self.window}")
         check(0 < self.top_share <= 1, f"top_share must lie in (0, 1], got {self.top_share}")

@@ -108,7 +108,7 @@ class Engine:
         self,
         model: nn.Module,
         config: HybridConfig | None = None,
-        policy: str | Callable[[Prefill], Plan] = "hybrid",
+        policy: str | Callable[[Prefill], Plan] = "hybridkv",
         eos: Sequence[int] = (),
         compile: bool = True,
     ):

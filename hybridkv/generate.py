@@ -1,6 +1,11 @@
 """Ask a vision-language model about pictures, video or a long text, with a compressed key-value cache.
 
+Without arguments it shows a bundled demo: a small trained model, a picture, and the answers of both caches.
+
 examples:
+  the bundled demos, and one of them:
+    python -m hybridkv.generate --list-demos
+    python -m hybridkv.generate --demo describe --budget 0.2
   one picture, a tenth of the cache:
     python -m hybridkv.generate --model Qwen/Qwen2.5-VL-3B-Instruct --image street.jpg --prompt "What is written here?"
   the same beside the full cache:
@@ -22,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from hybridkv import demos
 from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine, Stats
@@ -42,8 +48,8 @@ def build_parser() -> Parser:
         prog="python -m hybridkv.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="a checkpoint folder, or a name on the Hugging Face Hub")
-    add("--prompt", required=True, metavar="TEXT", help="the question; always kept in the cache")
+    add("--model", metavar="NAME", help="a checkpoint folder, a name on the Hugging Face Hub, or demo: the bundled one")
+    add("--prompt", metavar="TEXT", help="the question; always kept in the cache")
     add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
     add(
         "--video", action="append", default=[], metavar="FILE", help="a video file; needs pip install 'hybridkv[video]'"
@@ -52,12 +58,20 @@ def build_parser() -> Parser:
     add("--fps", type=float, default=2.0, help="frames taken from a second of video (default: 2)")
     add("--min-pixels", type=int, help="scale smaller pictures up to this area (default: the checkpoint's)")
     add("--max-pixels", type=int, help="scale larger pictures down to this area; 784 pixels are one token")
-    add("--policy", choices=POLICIES, default="hybrid", help="%(choices)s (default: hybrid; see hybridkv/policies.py)")
+    add(
+        "--policy",
+        choices=POLICIES,
+        default="hybridkv",
+        help="%(choices)s (default: hybridkv; see hybridkv/policies.py)",
+    )
     add(
         "--budget",
         type=float,
         help="share of the full cache's bytes (default: 0.1, more for short prompts)",
     )
+    add("--demo", metavar="NAME", help="a bundled model, pictures and question, beside the full cache")
+    add("--list-demos", action="store_true", help="name the bundled demos and stop")
+    add("--head-profile", metavar="FILE", help="of hybridkv.calibrate: classifies heads by it, and serves sparsemm")
     add("--compare", action="store_true", help="answer with the full cache, too, and show both")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -84,6 +98,25 @@ def read_context(path: str | None) -> str:
     if not text.strip():
         raise InputError(f"{path} holds no text")
     return text
+
+
+def choose_demo(args: argparse.Namespace) -> demos.Demo | None:
+    """Fills in what a demo stands for; None if the command line brings its own model and question."""
+    own = args.model or args.prompt or args.image or args.video or args.context
+    if args.demo is None and own:
+        missing = [name for name in ("model", "prompt") if not getattr(args, name)]
+        if missing:
+            raise InputError(f"--{missing[0]} is missing; without any of --model, --prompt, --image a demo runs")
+        args.model = demos.MODEL if args.model == "demo" else args.model
+        return None
+    if own:
+        raise InputError("--demo brings its own model, pictures and question: leave --model, --prompt, --image out")
+    known, name = demos.load(), args.demo or demos.DEFAULT
+    if name not in known:
+        raise InputError(f"there is no demo {name!r}; there are {', '.join(known)}")
+    demo = known[name]
+    args.model, args.prompt, args.image, args.compare = demos.MODEL, demo.prompt, demo.images, True
+    return demo
 
 
 def load(args: argparse.Namespace) -> tuple[Model, Processor, Prompt]:
@@ -134,7 +167,10 @@ class Status:
 
 def cache_config(args: argparse.Namespace) -> HybridConfig:
     """A budget that was asked for is kept or refused; the default gives way where a prompt is too short for it."""
-    return HybridConfig(strict=False) if args.budget is None else HybridConfig(budget=args.budget)
+    chosen = {"strict": False} if args.budget is None else {"budget": args.budget}
+    if args.head_profile:
+        chosen |= {"classifier": "profile", "head_profile": args.head_profile}
+    return HybridConfig(**chosen)
 
 
 def answer(model: Model, processor: Processor, prompt: Prompt, policy: str, args: argparse.Namespace) -> dict:
@@ -237,6 +273,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cache_config(args)  # before anything is loaded
         Sampling(args.temperature, args.top_p, args.seed)
+        if args.list_demos:
+            print("\n".join(f"{demo.name:10}{demo.about}" for demo in demos.load().values()))
+            return
+        demo = choose_demo(args)
+        if demo and not args.json:
+            pictures = " ".join(str(image) for image in demo.images)
+            print(f"demo:     {demo.name} (--list-demos names the others)\npicture:  {pictures}")
+            print(f"question: {demo.prompt}\nright:    {demo.answer}\n", flush=True)
         model, processor, prompt = load(args)
         rows = []
         for policy in dict.fromkeys((args.policy, "full") if args.compare else (args.policy,)):

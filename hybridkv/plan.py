@@ -21,6 +21,7 @@ from hybridkv.config import HybridConfig
 from hybridkv.profile import Prefill
 from hybridkv.prune import keep_order, pooled
 
+CONTEXT_FLOOR = 0.2  # smallest claim of a head that is weighted by its context mass
 SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, row of the basis
 
 
@@ -138,12 +139,24 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     Raises:
         BudgetError: see `budgeted_plan`.
     """
-    config, layers = prefill.config, prefill.layers
-    mass = torch.stack([layer.context_mass for layer in layers]).cpu()
-    overlap = torch.stack([layer.overlap for layer in layers]).cpu()
-    dynamic = classify(mass, overlap, config.dynamic_share, config.threshold)
-    score = [pooled(layer.score.masked_fill(~prefill.prunable, 0.0), config.pool) for layer in layers]
-    return budgeted_plan(prefill, dynamic, score)
+    mass, overlap = text_attention(prefill)
+    weight = None
+    if prefill.config.head_weight == "context":
+        weight = mass.clamp(min=CONTEXT_FLOOR)
+    return budgeted_plan(prefill, classify(mass, overlap, prefill.config), static_scores(prefill), weight)
+
+
+def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor]:
+    """What the prompt's profile says of every head: its context mass and its overlap, (layers, H) on the CPU."""
+    mass, overlap = zip(*((layer.context_mass, layer.overlap) for layer in prefill.layers), strict=True)
+    return torch.stack(mass).cpu(), torch.stack(overlap).cpu()
+
+
+def static_scores(prefill: Prefill) -> list[Tensor]:
+    """What each token is worth to a static head, (H, T) for each layer."""
+    config = prefill.config
+    scores = (layer.score if config.score == "max" else layer.mean_score for layer in prefill.layers)
+    return [pooled(score.masked_fill(~prefill.prunable, 0.0), config.pool) for score in scores]
 
 
 def budgeted_plan(

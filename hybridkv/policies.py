@@ -10,11 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hybridkv.head_profile import HeadProfile
 from hybridkv.plan import Plan, budgeted_plan, full_plan, hybrid_plan
 from hybridkv.profile import Prefill
 from hybridkv.prune import pooled
 
 ADAKV_SAFEGUARD = 0.2  # share of a layer's budget that AdaKV spreads evenly over its heads
+SPARSEMM_UNIFORM = 0.2  # share of the budget that SparseMM spreads evenly over the heads
 PYRAMIDKV_BETA = 20  # PyramidKV's last layer gets 1 / beta of the mean budget
 
 
@@ -75,6 +77,19 @@ def adakv(prefill: Prefill) -> Plan:
     return pruned_plan(prefill, scores, weight)
 
 
+def sparsemm(prefill: Prefill) -> Plan:
+    """SparseMM (arXiv 2506.05344): heads that look at pictures get more, by an offline score; SnapKV's tokens.
+
+    The score is `HeadProfile.visual`, attention on visual tokens while answering; the paper finds its heads by text
+    recognition with bounding boxes. A share SPARSEMM_UNIFORM, our choice, is spread evenly. Wants
+    `config.head_profile`.
+    """
+    layers, heads = shape(prefill)
+    visual = HeadProfile.load(prefill.config.head_profile, (layers, heads)).visual
+    weight = (1 - SPARSEMM_UNIFORM) * visual / visual.sum() + SPARSEMM_UNIFORM / visual.numel()
+    return pruned_plan(prefill, window_scores(prefill), weight)
+
+
 def quest(prefill: Prefill) -> Plan:
     """Quest (arXiv 2406.10774): nothing is dropped; every head reads the chunks with the highest bound on their scores.
 
@@ -85,12 +100,13 @@ def quest(prefill: Prefill) -> Plan:
 
 
 POLICIES: dict[str, Callable[[Prefill], Plan]] = {
-    "hybrid": hybrid_plan,
+    "hybridkv": hybrid_plan,
     "full": full_plan,
     "streaming": streaming,
     "snapkv": snapkv,
     "lookm": lookm,
     "pyramidkv": pyramidkv,
     "adakv": adakv,
+    "sparsemm": sparsemm,
     "quest": quest,
 }

@@ -63,13 +63,16 @@ configs = st.builds(
     HybridConfig,
     budget=st.sampled_from([0.2, 0.35, 0.5, 0.75, 1.0]),
     page_size=st.sampled_from([16, 32]),
-    dynamic_share=st.sampled_from([0.0, 0.3, 0.5, 1.0, None]),
+    classifier=st.sampled_from(["ranks", "threshold", "random", "reversed"]),
+    dynamic_share=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    head_weight=st.sampled_from(["uniform", "context"]),
     dynamic_weight=st.sampled_from([0.5, 1.0, 2.0]),
     retrieval=st.sampled_from(["sketch", "bound"]),
     sketch_rank=st.sampled_from([None, 2, 8]),
     window=st.integers(1, 20),
     sinks=st.integers(0, 5),
     recent=st.integers(0, 10),
+    score=st.sampled_from(["max", "mean"]),
     pool=st.sampled_from([1, 5, 15]),
 )
 shapes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 6, 7]), st.sampled_from([8, 16, 32]))  # H, G, D

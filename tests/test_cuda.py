@@ -39,7 +39,7 @@ def test_attention_reads_exactly_the_listed_pages(page_size):
     torch.testing.assert_close(out.float(), exact, atol=bound, rtol=0)
 
 
-@pytest.mark.parametrize("policy", ["hybrid", "full", "dense"])
+@pytest.mark.parametrize("policy", ["hybridkv", "full", "dense"])
 def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy):
     prompts = [prompt(900, 0), prompt(700, 1)]
     expected = Engine(model, HybridConfig(budget=0.3), policy, compile=False).generate(prompts, 40)

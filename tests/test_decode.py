@@ -22,7 +22,7 @@ def model():
     return random_model(tiny_config(layers=2, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
 
 
-@pytest.mark.parametrize("policy", ["hybrid", "full", "dense"])
+@pytest.mark.parametrize("policy", ["hybridkv", "full", "dense"])
 def test_a_batch_answers_like_each_prompt_alone(model, policy):
     """Different lengths, limits and ends; each its own plan."""
     config, prompts, limits = HybridConfig(budget=0.4), [prompt(n, n) for n in (400, 150, 260)], [30, 12, 21]

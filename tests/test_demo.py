@@ -35,6 +35,6 @@ def test_the_decode_benchmark_writes_its_rows(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["contender"] for row in rows] == ["dense", "full", "hybrid 0.1"]
+    assert [row["contender"] for row in rows] == ["dense", "full", "hybridkv 0.1"]
     assert all(row["ms_per_token"] > 0 and row["compile_s"] > 0 for row in rows)
     assert rows[2]["bytes_read"] < rows[0]["bytes_read"] <= rows[1]["bytes_read"]

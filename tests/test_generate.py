@@ -45,8 +45,8 @@ def test_picture_compiled_beside_the_full_cache(vlm, image):
         "--model", vlm, "--image", image, "--prompt", "What?", "--budget", 0.2, "--compare", "--max-new-tokens", 12
     )
     assert done.returncode == 0, done.stderr
-    assert "--- hybrid cache, budget 0.2" in done.stdout and "--- full cache" in done.stdout
-    for part in ("compiling the decoding step", "text + 900 visual", "hybrid 0.2", "read/step", "ms/token"):
+    assert "--- hybridkv cache, budget 0.2" in done.stdout and "--- full cache" in done.stdout
+    for part in ("compiling the decoding step", "text + 900 visual", "hybridkv 0.2", "read/step", "ms/token"):
         assert part in done.stderr
 
 
@@ -58,7 +58,7 @@ def test_json_is_alone_on_stdout_and_its_numbers_fit_together(vlm, image):
     assert done.returncode == 0, done.stderr
     hybrid, full = (json.loads(line) for line in done.stdout.splitlines())
     assert set(hybrid) >= KEYS and set(full) >= KEYS
-    assert (hybrid["policy"], full["policy"]) == ("hybrid", "full")
+    assert (hybrid["policy"], full["policy"]) == ("hybridkv", "full")
     assert hybrid["visual_tokens"] == 2 * 361 and hybrid["prompt_tokens"] > 722
     assert hybrid["static_heads"] + hybrid["dynamic_heads"] == full["static_heads"] == 4
     assert hybrid["step_bytes"] <= 0.2 * hybrid["full_bytes"] < hybrid["resident_bytes"] < full["resident_bytes"]
@@ -220,5 +220,5 @@ def test_sizes_are_readable():
 
 def test_table_lines_up():
     row = dict.fromkeys(KEYS, 1) | {"step_bytes": 1, "policy": "full", "ms_per_token": None}
-    lines = table([row, row | {"policy": "hybrid", "budget": 0.1}]).splitlines()
+    lines = table([row, row | {"policy": "hybridkv", "budget": 0.1}]).splitlines()
     assert len(lines) == 4 and lines[1].index("full") == lines[2].index("1 B")

@@ -86,19 +86,31 @@ def test_prefill_refuses_what_it_can_not_record():
 def test_heads_that_look_at_the_context_and_move_are_dynamic():
     mass = torch.tensor([[0.1, 0.9], [0.8, 0.9]])
     overlap = torch.tensor([[0.1, 0.9], [0.2, 0.1]])  # (little context), (stays), (moves), (moves more)
-    assert classify(mass, overlap, 0.5, 0.9).tolist() == [[False, False], [True, True]]
-    assert classify(mass, overlap, 0.25, 0.9).tolist() == [[False, False], [False, True]]
-    assert classify(mass, overlap, None, 0.9).tolist() == [[False, False], [True, True]]
+    for config, expected in (
+        (HybridConfig(), [[False, False], [True, True]]),
+        (HybridConfig(dynamic_share=0.25), [[False, False], [False, True]]),
+        (HybridConfig(classifier="threshold"), [[False, False], [True, True]]),
+        (HybridConfig(classifier="reversed"), [[True, True], [False, False]]),
+    ):
+        assert classify(mass, overlap, config).tolist() == expected
     assert settled_share(mass, overlap)[1, 1] == pytest.approx(1 - 0.9 * 0.9)
 
 
 @examples
-@given(st.integers(1, 6), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99), st.booleans())
-def test_share_is_met_exactly_whatever_the_scores(layers, heads, share, seed, ties):
+@given(
+    st.integers(1, 6),
+    st.integers(1, 8),
+    st.floats(0, 1),
+    st.integers(0, 99),
+    st.booleans(),
+    st.sampled_from(["ranks", "random", "reversed"]),
+)
+def test_share_is_met_exactly_whatever_the_scores(layers, heads, share, seed, ties, classifier):
     mass, overlap = torch.rand(2, layers, heads, generator=torch.Generator().manual_seed(seed))
     if ties:
         mass, overlap = mass.round(), overlap.round()
-    assert int(classify(mass, overlap, share, 0.9).sum()) == round(share * layers * heads)
+    config = HybridConfig(dynamic_share=share, classifier=classifier)
+    assert int(classify(mass, overlap, config).sum()) == round(share * layers * heads)
     assert sorted(ranks(mass).flatten().tolist()) == list(range(layers * heads))
 
 

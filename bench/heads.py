@@ -1,0 +1,108 @@
+"""Which heads need retrieval? Takes it from one KV head at a time and measures what that does to the answers.
+
+    python -m bench.heads --model demo --task chain
+
+All heads are dynamic, but one, which is pruned to the same number of pages by what the prompt's text attends to. The KL
+to the full cache that this adds is the head's *need*. Beside it stand the classifier's mean rank of the head, and how
+well the two agree: Spearman's correlation, and the share of the total need that falls on the half of the heads which
+the classifier would make dynamic (half, on average, if it knew nothing).
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bench.quality import Lab, Variant, load_lab
+from bench.tasks import make_case
+from hybridkv.classify import movement
+from hybridkv.config import HybridConfig
+from hybridkv.plan import Plan, budgeted_plan, static_scores, text_attention
+from hybridkv.profile import Prefill
+
+
+def spare(kept: tuple[int, int] | None, prefill: Prefill) -> Plan:
+    """Every head dynamic but `kept` (layer, head), which is static."""
+    dynamic = torch.ones(len(prefill.layers), len(prefill.layers[0].k), dtype=torch.bool)
+    if kept:
+        dynamic[kept] = False
+    return budgeted_plan(prefill, dynamic, static_scores(prefill))
+
+
+def measure(lab: Lab, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, float]:
+    """Need (layers, H) in nats a token, mean movement rank (layers, H), and KL with all heads dynamic."""
+    layers, heads = lab.model.cfg.num_hidden_layers, lab.model.cfg.num_key_value_heads
+    config = HybridConfig(budget=args.budget, strict=False)
+    every = [None, *np.ndindex(layers, heads)]
+    variants = [Variant(str(kept), partial(spare, kept), config) for kept in every]
+    kl: list[list[float]] = [[] for _ in every]
+    moved = []
+    starts = range(0, args.samples, args.batch)
+    with tqdm(total=len(every) * len(starts), desc=f"{args.task} {args.tokens}", leave=False, disable=None) as bar:
+        for start in starts:
+            indices = range(start, min(start + args.batch, args.samples))
+            cases = [make_case(lab.processor, args.task, args.tokens, i) for i in indices]
+            moved += [movement(*text_attention(prefill)) for prefill in lab.read(cases, config).prefills]
+            for into, (_, rows) in zip(kl, lab.measure(cases, variants), strict=True):
+                into += [row["kl"] for row in rows]
+                bar.update()
+    mean = np.array([np.mean(values) for values in kl])
+    need = (mean[1:] - mean[0]).reshape(layers, heads)
+    return need, torch.stack(moved).double().mean(0).numpy(), float(mean[0])
+
+
+def agreement(need: np.ndarray, rank: np.ndarray) -> tuple[float, float]:
+    """Spearman's correlation, and the share of the (positive) need in the upper half of the ranking."""
+    a, b = (x.ravel().argsort().argsort() for x in (need, rank))
+    positive = need.clip(0).ravel()
+    upper = b >= b.size // 2
+    return float(np.corrcoef(a, b)[0, 1]), float(positive[upper].sum() / max(positive.sum(), 1e-12))
+
+
+def plot(need: np.ndarray, rank: np.ndarray, title: str, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 0.45 * len(need) + 1.6))
+    for axis, values, label in ((axes[0], need, "need: KL without its retrieval"), (axes[1], rank, "movement rank")):
+        shown = axis.imshow(values, aspect="auto", cmap="viridis")
+        axis.set(title=label, xlabel="KV head", ylabel="layer")
+        figure.colorbar(shown, ax=axis)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="demo, or a checkpoint folder")
+    parser.add_argument("--task", default="chain")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="one JSON object")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    need, rank, base = measure(load_lab(args.model, args.device), args)
+    correlation, covered = agreement(need, rank)
+    print(f"KL with every head dynamic: {base:.4f}\nneed of each head (layers down, KV heads across):")
+    print("\n".join("  ".join(f"{x:8.4f}" for x in row) for row in need))
+    print(f"Spearman {correlation:.2f}; the classifier's dynamic half covers {covered:.0%} of the need")
+    if args.out:
+        row = {**vars(args), "need": need.tolist(), "movement": rank.tolist(), "base_kl": base}
+        row |= {"spearman": correlation, "covered": covered}
+        args.out.write_text(json.dumps(row, default=str) + "\n")
+    if args.plot:
+        plot(need, rank, f"{args.model}, {args.task}, {args.tokens} tokens, budget {args.budget:g}", args.plot)
+
+
+if __name__ == "__main__":
+    main()

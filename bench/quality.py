@@ -1,0 +1,355 @@
+"""Answers and divergence under compression: every policy and budget on one trained model, against its full cache.
+
+    python -m bench.quality --model demo --policies hybridkv snapkv --budgets 0.1 0.2
+    python -m bench.quality --model smollm2 --policies hybridkv hybridkv:dynamic_share=0 --tasks needle --tokens 2000
+
+A policy may carry fields of `HybridConfig`: `hybridkv:pool=1,page_size=32`. Rows go to --out as JSON lines; a run that
+was cut off goes on where it stopped.
+
+Accuracy is that of greedy answers. KL is the divergence of the policy's next-token distribution from the full cache's,
+in nats per generated token, along the full cache's own greedy answer; what the prefill alone decides is not counted.
+Intervals are 95% bootstraps over prompts. Decoding runs uncompiled, which gives the same tokens: compiled, every policy
+and budget would wait for a step of its own.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.real_models import REAL, fetch
+from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
+from demo import boards as bd
+from hybridkv.config import HybridConfig
+from hybridkv.decode import Engine
+from hybridkv.demos import MODEL
+from hybridkv.policies import POLICIES
+from hybridkv.profile import Prefill
+from hybridkv.sampling import Sampling
+from model import Model, Processor, from_pretrained
+
+PROFILED = ("window", "top_share", "sinks", "recent")  # fields that the prefill itself depends on
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A policy with its configuration, as named on the command line."""
+
+    name: str
+    policy: str
+    config: HybridConfig
+
+
+def parse_variant(text: str) -> Variant:
+    """`snapkv` or `hybridkv:pool=1,dynamic_share=0.25`.
+
+    Raises:
+        ValueError: no such policy, field or value.
+    """
+    policy, _, settings = text.partition(":")
+    if policy not in POLICIES:
+        raise ValueError(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
+    known, given = {f.name for f in fields(HybridConfig)}, {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in known:
+            raise ValueError(f"HybridConfig has no field {key!r}; it has {', '.join(sorted(known))}")
+        try:
+            given[key] = json.loads(value)
+        except json.JSONDecodeError:
+            given[key] = value
+    config = HybridConfig(strict=False, **given)
+    return Variant(text, policy, replace(config, retrieval="bound") if policy == "quest" else config)
+
+
+@dataclass
+class Read:
+    """Prompts that went through the prefill: what any policy starts from."""
+
+    prefills: list[Prefill]
+    first: Tensor  # (B,) the token that the prefill chooses
+    positions: list[int]
+
+
+def again(prefill: Prefill, config: HybridConfig) -> Prefill:
+    """The same record for another plan: loading a cache takes the keys and values out of the record it is given."""
+    copy = Prefill(prefill.prunable, config)
+    copy.layers = list(prefill.layers)
+    return copy
+
+
+def decode(
+    engine: Engine, read: Read, cases: Sequence[Case], path: list[list[int]] | None = None
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Runs the engine's policy on prompts, second turns first.
+
+    Args:
+        path: tokens to follow for each case; None follows the policy's own likeliest tokens.
+
+    Returns:
+        for each case the likeliest answer tokens, and the logits (N, V) that the cache had a part in: all but the
+        first token's, which the prefill decides, unless a second turn came before it.
+    """
+    limit, turns = max(case.limit for case in cases), [case.then for case in cases]
+    steps = max(map(len, turns)) + limit - 1
+    engine.load([again(prefill, engine.config) for prefill in read.prefills], steps + 1)
+    engine.begin(read.positions, steps + 1, Sampling(), read.first.device)
+    state, cache = engine.state, engine.cache
+    fed = [list(turn) for turn in turns]
+    likeliest: list[list[int]] = [[] for _ in cases]
+    logits: list[list[Tensor]] = [[] for _ in cases]
+
+    def settle(b: int, token: int) -> None:
+        i = len(likeliest[b])
+        likeliest[b].append(token)
+        fed[b].append(path[b][min(i, len(path[b]) - 1)] if path else token)
+
+    for b, turn in enumerate(turns):
+        if not turn:
+            settle(b, int(read.first[b]))
+    for t in range(steps):
+        state.token.copy_(torch.tensor([row[t] for row in fed]))
+        out = engine.model.step(state.token, state.position, cache)
+        cache.advance(state.active)
+        state.position.add_(state.active)
+        for b, token in enumerate(out.argmax(-1).tolist()):
+            if t + 1 >= len(turns[b]):
+                settle(b, token)
+                logits[b].append(out[b])
+    return [row[:limit] for row in likeliest], [torch.stack(rows) for rows in logits]
+
+
+def cut(tokens: list[int], eos: Sequence[int], limit: int) -> list[int]:
+    """Up to the end token or the limit, the end token left out."""
+    ends = [i for i, token in enumerate(tokens) if token in eos]
+    return tokens[: min([*ends[:1], limit])]
+
+
+class Lab:
+    """One model, and what every variant of a run has in common."""
+
+    def __init__(self, model: Model, processor: Processor, name: str):
+        self.model, self.processor, self.name = model, processor, name
+
+    @torch.no_grad()
+    def read(self, cases: Sequence[Case], config: HybridConfig) -> Read:
+        engine = Engine(self.model, config, "full", compile=False)
+        prefills, logits, positions = engine.prefill([case.prompt for case in cases])
+        return Read(prefills, logits.argmax(-1), positions)
+
+    @torch.no_grad()
+    def measure(self, cases: Sequence[Case], variants: Sequence[Variant]) -> Iterator[tuple[str, list[dict]]]:
+        """For each variant, one record a case: right, kl, bytes, attended tokens."""
+        eos = self.model.cfg.eos_token_id
+        reads: dict[tuple, Read] = {}
+        path: list[list[int]] = []
+        for variant in variants:
+            key = tuple(getattr(variant.config, name) for name in PROFILED)
+            if key not in reads:
+                reads = {key: self.read(cases, variant.config)}  # one at a time: these are whole caches
+            read = reads[key]
+            if not path:
+                path, logits = decode(Engine(self.model, variant.config, "dense", compile=False), read, cases)
+                path = [cut(row, eos, case.limit) or row[:1] for row, case in zip(path, cases, strict=True)]
+                # The end token is judged, too: as many distributions as the answer has tokens.
+                counts = [len(row) + bool(case.then) for row, case in zip(path, cases, strict=True)]
+                reference = [rows[:n].log_softmax(-1) for rows, n in zip(logits, counts, strict=True)]
+            engine = Engine(self.model, variant.config, variant.policy, compile=False)
+            tokens, logits = decode(engine, read, cases, path)
+            kl = [
+                float((want.exp() * (want - rows[: len(want)].log_softmax(-1))).sum(-1).mean())
+                for want, rows in zip(reference, logits, strict=True)
+            ]
+            del logits
+            if any(cut(row, eos, case.limit) != want for row, case, want in zip(tokens, cases, path, strict=True)):
+                tokens, _ = decode(engine, read, cases)  # following its own tokens, it goes elsewhere
+            cached = engine.cache.count_bytes()
+            yield (
+                variant.name,
+                [
+                    {
+                        "right": case.right and case.right(self.processor.decode(cut(row, eos, case.limit))),
+                        "kl": divergence,
+                        "resident_bytes": cached.resident / len(cases),
+                        "full_bytes": cached.full / len(cases),
+                        "step_bytes": cached.step / len(cases),
+                        "attended_tokens": engine.stats.attended_tokens,
+                        "prompt_tokens": len(case.prompt.input_ids),
+                        "visual_tokens": case.prompt.visual_tokens,
+                    }
+                    for case, row, divergence in zip(cases, tokens, kl, strict=True)
+                ],
+            )
+
+
+def summary(rows: list[dict]) -> dict:
+    """One line of the results from one record a prompt."""
+
+    def mean(key: str) -> float:
+        return float(np.mean([row[key] for row in rows]))
+
+    out = {"samples": len(rows), "accuracy": None, "accuracy_ci": None}
+    if rows[0]["right"] is not None:
+        right = np.array([row["right"] for row in rows], dtype=float)
+        out |= {"accuracy": right.mean(), "accuracy_ci": bootstrap(right)}
+    kl = np.array([row["kl"] for row in rows])
+    out |= {"kl": kl.mean(), "kl_ci": bootstrap(kl)}
+    costs = ("resident_bytes", "full_bytes", "step_bytes", "attended_tokens", "prompt_tokens", "visual_tokens")
+    return out | {key: mean(key) for key in costs}
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text: a line each."""
+    head = ("task", "tokens", "policy", "budget", "right", "KL", "resident", "read/step", "tokens/step")
+    cells = [head]
+    for row in rows:
+        full = row["full_bytes"]
+        right = (
+            "-" if row["accuracy"] is None else "{:.0%} [{:.0%}, {:.0%}]".format(row["accuracy"], *row["accuracy_ci"])
+        )
+        cells.append(
+            (
+                row["task"],
+                f"{row['prompt_tokens']:.0f}",
+                row["policy"],
+                f"{row['budget']:g}",
+                right,
+                "{:.4f} [{:.4f}, {:.4f}]".format(row["kl"], *row["kl_ci"]),
+                f"{row['resident_bytes'] / full:.1%}",
+                f"{row['step_bytes'] / full:.1%}",
+                f"{row['attended_tokens']:.0f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Accuracy (or, where there is none, KL) against resident bytes and against attended tokens, a line per policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys((row["task"], row["tokens"]) for row in rows))
+    figure, axes = plt.subplots(len(tasks), 2, figsize=(11, 3.2 * len(tasks)), squeeze=False, sharey="row")
+    for line, (task, tokens) in zip(axes, tasks, strict=True):
+        mine = [row for row in rows if (row["task"], row["tokens"]) == (task, tokens)]
+        for axis, (cost, label) in zip(
+            line,
+            (("resident_bytes", "resident, % of full cache"), ("attended_tokens", "attended, % of tokens")),
+            strict=True,
+        ):
+            for policy in dict.fromkeys(row["policy"] for row in mine):
+                points = sorted((row for row in mine if row["policy"] == policy), key=lambda row: row[cost])
+                whole = "full_bytes" if cost == "resident_bytes" else "prompt_tokens"
+                x = [100 * row[cost] / row[whole] for row in points]
+                key = "kl" if mine[0]["accuracy"] is None else "accuracy"
+                y = np.array([row[key] for row in points])
+                spread = np.array([row[f"{key}_ci"] for row in points])
+                axis.errorbar(x, y, abs(spread.T - y), label=policy, marker="o", ms=4, lw=1.2, capsize=2)
+            axis.set(title=f"{task}, {mine[0]['prompt_tokens']:.0f} tokens", xlabel=label, ylabel=key, xscale="log")
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="demo", help="demo (bundled), smollm2, qwen2.5-coder-1.5b, or a checkpoint folder")
+    add("--policies", nargs="+", default=["hybridkv", "snapkv", "adakv", "quest"], metavar="NAME[:FIELD=VALUE,...]")
+    add("--budgets", nargs="+", type=float, default=[0.05, 0.1, 0.2, 1.0])
+    add("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join((*bd.TASKS, *TEXT_TASKS))}")
+    add("--tokens", nargs="+", type=int, help="visual tokens, or about so many tokens of text")
+    add("--samples", type=int, default=30, help="prompts per task and size (default: 30)")
+    add("--batch", type=int, default=10, help="prompts decoded together (default: 10)")
+    add("--out", type=Path, help="JSON lines; rows that are there already are not measured again")
+    add("--plot", type=Path, help="picture of all rows in --out, or of this run")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        variants = [parse_variant(text) for text in args.policies]
+        jobs = [replace_budget(v, b) for v in variants for b in ([1.0] if v.policy == "full" else args.budgets)]
+    except ValueError as e:
+        parser.error(str(e))
+    boards = args.model == "demo"
+    tasks = args.tasks or (["lookup", "right", "chain"] if boards else ["needle", "links", "copy"])
+    if unknown := set(tasks) - {*bd.TASKS, *TEXT_TASKS}:
+        parser.error(f"unknown tasks: {', '.join(sorted(unknown))}")
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out and args.out.exists() else []
+    lab = load_lab(args.model, args.device)
+    rows = []
+    for task in tasks:
+        for tokens in args.tokens or ([1024] if boards else [2000]):
+            rows += run(lab, task, tokens, jobs, args, done)
+    print(table(rows))
+    if args.plot:
+        plot(rows, args.plot)
+
+
+def load_lab(name: str, device: str) -> Lab:
+    """A model by name (fetched and converted if need be) or folder, in float32."""
+    folder = MODEL if name == "demo" else fetch(name) if name in REAL else name
+    return Lab(from_pretrained(folder, dtype=torch.float32, device=device), Processor.from_pretrained(folder), name)
+
+
+def replace_budget(variant: Variant, budget: float) -> Variant:
+    return replace(variant, config=replace(variant.config, budget=budget))
+
+
+def row_key(row: dict) -> tuple:
+    return tuple(row[key] for key in ("model", "policy", "budget", "task", "tokens", "samples"))
+
+
+def run(
+    lab: Lab, task: str, tokens: int, jobs: list[Variant], args: argparse.Namespace, done: list[dict]
+) -> list[dict]:
+    """All jobs on one task at one size; what `done` holds is taken from there."""
+
+    def labels(job: Variant) -> dict:
+        return {
+            "model": lab.name,
+            "policy": job.name,
+            "budget": job.config.budget,
+            "task": task,
+            "tokens": tokens,
+            "samples": args.samples,
+        }
+
+    known = {row_key(row): row for row in done}
+    todo = [job for job in jobs if row_key(labels(job)) not in known]
+    records: list[list[dict]] = [[] for _ in todo]
+    starts = range(0, args.samples, args.batch) if todo else ()
+    with tqdm(total=len(todo) * len(starts), desc=f"{task} {tokens}", leave=False, disable=None) as bar:
+        for start in starts:
+            indices = range(start, min(start + args.batch, args.samples))
+            cases = [make_case(lab.processor, task, tokens, i) for i in indices]
+            for into, (_, measured) in zip(records, lab.measure(cases, todo), strict=True):
+                into += measured
+                bar.update()
+    for job, measured in zip(todo, records, strict=True):
+        row = labels(job) | summary(measured) | {"config": asdict(job.config)}
+        known[row_key(row)] = row
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    return [known[row_key(labels(job))] for job in jobs]
+
+
+if __name__ == "__main__":
+    main()

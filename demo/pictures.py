@@ -1,0 +1,44 @@
+"""Draws the bundled demos: pictures and `demos.json` in `hybridkv/demos`. The same at every run.
+
+python -m demo.pictures
+"""
+
+import json
+
+from PIL import Image
+
+from demo import boards as bd
+from hybridkv.demos import DEFAULT, FOLDER
+
+# name: what it shows, task, rows, columns, boards
+DEMOS = {
+    DEFAULT: ("follow pointers from cell to cell over 1,024 cells", "chain", 32, 32, 1),
+    "lookup": ("one cell among 1,024", "lookup", 32, 32, 1),
+    "lookups": ("several cells in one question", "lookups", 24, 24, 1),
+    "colour": ("the colour of one cell", "colour", 24, 24, 1),
+    "right": ("read a row from a cell on", "right", 24, 24, 1),
+    "down": ("read a column from a cell on", "down", 24, 24, 1),
+    "describe": ("a long answer: all of a row", "describe", 24, 24, 1),
+    "which": ("which of four pictures holds a cell", "which", 16, 16, 4),
+    "compare": ("one cell in two pictures", "compare", 22, 22, 2),
+    "changed": ("the one difference between two pictures", "changed", 22, 22, 2),
+    "large": ("follow pointers over 4,096 cells", "chain", 64, 64, 1),
+}
+
+
+def main() -> None:
+    rows = []
+    for i, (name, (about, task, height, width, n)) in enumerate(DEMOS.items()):
+        rng = bd.rng_for("demo", i)
+        boards = bd.make_boards(rng, n, height, width, compare=task in ("compare", "changed"))
+        question = bd.ask(rng, boards, task)
+        files = [f"{name}.png" if n == 1 else f"{name}-{b + 1}.png" for b in range(n)]
+        for file, board in zip(files, boards, strict=True):
+            picture = Image.fromarray(bd.draw(rng, board, plain=True))
+            picture.quantize(64, dither=Image.Dither.NONE).save(FOLDER / file, optimize=True)
+        rows.append({"name": name, "about": about, "images": files, "prompt": question.text, "answer": question.answer})
+    (FOLDER / "demos.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
