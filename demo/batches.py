@@ -1,0 +1,121 @@
+"""Training batches: boards of one shape, and for each sample many questions that do not see each other."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from demo import boards as bd
+from demo.vocabulary import encode, token_id
+
+END_OF_TURN, IMAGE = token_id("<|im_end|>"), token_id("<|image_pad|>")
+BEFORE = encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+ASSISTANT = encode("<|im_end|>\n<|im_start|>assistant\n")
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+# How often each task is asked of one board, of several boards, and of two boards to compare.
+SINGLE = {"lookup": 2, "lookups": 1, "colour": 1, "right": 2, "down": 2, "chain": 3, "describe": 1}
+SEVERAL = {"which": 4, "lookup": 2, "chain": 2, "right": 1, "down": 1}
+COMPARED = {"compare": 2, "changed": 1}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """How the boards of one batch look: all samples of a batch have the same shape."""
+
+    rows: int
+    cols: int
+    n: int = 1
+    compare: bool = False
+
+    @property
+    def cells(self) -> int:
+        return self.rows * self.cols * self.n
+
+
+@dataclass(frozen=True)
+class Batch:
+    patches: Tensor  # (B * n * N, 1176)
+    grids: list[tuple[int, int, int]]
+    prefix: Tensor  # (P,) token ids up to the last picture's end, the same for all samples
+    cells: dict[str, Tensor]  # each (B * n * R * C, parts): what the auxiliary heads should name
+    ids: Tensor  # (B, T) questions and answers, one after the other
+    labels: Tensor  # (B, T) the next token of an answer; -100 elsewhere
+    question: Tensor  # (B, T) number of the question; -1 is padding
+    position: Tensor  # (B, T) from the end of the prefix on
+    task: Tensor  # (B, T) index into TASKS
+
+    def to(self, device: str) -> "Batch":
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, cells={k: v.to(device) for k, v in self.cells.items()}, **moved)
+
+
+def patchify(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to (N, 1176), as the image processor of Qwen2-VL does without resizing."""
+    x = (torch.tensor(pixels).float() / 255 - MEAN) / STD
+    x = rearrange(x, "(r a y) (c b x) k -> (r c a b) k 1 (y x)", a=2, b=2, y=14, x=14)
+    return x.expand(-1, -1, 2, -1).flatten(1)
+
+
+def cell_targets(board: bd.Board) -> dict[str, np.ndarray]:
+    """What can be read off every cell and its neighbours: (R * C, parts) integers, parts of a key being two glyphs."""
+
+    def glyphs(keys: np.ndarray) -> np.ndarray:
+        parts = np.stack([keys // len(bd.GLYPHS), keys % len(bd.GLYPHS)], -1)
+        return np.where(keys[..., None] == bd.NONE, len(bd.GLYPHS), parts).reshape(-1, 2)
+
+    right, down = (np.full_like(board.keys, bd.NONE) for _ in range(2))
+    right[:, :-1], down[:-1] = board.keys[:, 1:], board.keys[1:]
+    return {
+        "key": glyphs(board.keys),
+        "value": glyphs(board.values),
+        "right": glyphs(right),
+        "down": glyphs(down),
+        "colour": np.where(board.keys == bd.NONE, -100, board.colours).reshape(-1, 1),
+    }
+
+
+def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[str, float], room: int) -> Batch:
+    """`size` samples of one scene, each with questions until `room` tokens are filled."""
+    names, weights = list(tasks), np.array(list(tasks.values()), dtype=float)
+    weights /= weights.sum()
+    pixels, cells = [], []
+    ids, labels = torch.full((size, room), END_OF_TURN), torch.full((size, room), -100)
+    question, position = torch.full((size, room), -1), torch.zeros(size, room, dtype=torch.long)
+    task = torch.zeros_like(position)
+    for b in range(size):
+        boards = bd.make_boards(rng, scene.n, scene.rows, scene.cols, scene.compare)
+        pixels += [patchify(bd.draw(rng, board)) for board in boards]
+        cells += [cell_targets(board) for board in boards]
+        at = number = 0
+        while True:
+            kind = names[rng.choice(len(names), p=weights)]
+            asked = bd.ask(rng, boards, kind, hard=bool(rng.random() < 0.6))
+            ask, answer = encode(asked.text) + ASSISTANT, [*encode(f" {asked.answer}"), END_OF_TURN]
+            length = len(ask) + len(answer)
+            if at + length > room:
+                if number:
+                    break
+                continue  # an answer longer than the room: another question
+            ids[b, at : at + length] = torch.tensor(ask + answer)
+            labels[b, at + len(ask) - 1 : at + length - 1] = torch.tensor(answer)
+            question[b, at : at + length] = number
+            position[b, at : at + length] = torch.arange(length)
+            task[b, at : at + length] = bd.TASKS.index(kind)
+            at, number = at + length, number + 1
+    tokens = scene.rows * scene.cols
+    picture = encode("<|vision_start|>") + [IMAGE] * tokens + encode("<|vision_end|>")
+    return Batch(
+        patches=torch.cat(pixels),
+        grids=[(1, 2 * scene.rows, 2 * scene.cols)] * (size * scene.n),
+        prefix=torch.tensor(BEFORE + picture * scene.n),
+        cells={k: torch.from_numpy(np.concatenate([c[k] for c in cells])) for k in cells[0]},
+        ids=ids,
+        labels=labels,
+        question=question,
+        position=position,
+        task=task,
+    )

@@ -1,0 +1,157 @@
+"""The model in training: what inference runs, with factored key tables and auxiliary heads that export leaves out."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from demo import boards as bd
+from demo.batches import END_OF_TURN, IMAGE, Batch
+from demo.vocabulary import KEY_TOKENS, VOCABULARY, token_id
+from model.config import parse_config
+from model.decoder import Model
+from model.rope import prompt_positions
+
+SIZES = {  # hidden_size is heads x 32, as transformers wants it
+    "small": dict(layers=8, heads=8, kv_heads=4, mlp=384, vision=128),  # 12 MB in bf16
+    "large": dict(layers=8, heads=12, kv_heads=4, mlp=512, vision=160),
+}
+
+
+def config(layers: int, heads: int, kv_heads: int, mlp: int, vision: int) -> dict:
+    """`config.json` in the published, flat layout."""
+    hidden_size = 32 * heads
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "hidden_size": hidden_size,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 7, 7]},
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": len(VOCABULARY),
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": END_OF_TURN,
+        "image_token_id": IMAGE,
+        "video_token_id": token_id("<|video_pad|>"),
+        "vision_start_token_id": token_id("<|vision_start|>"),
+        "vision_end_token_id": token_id("<|vision_end|>"),
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": vision,
+            "intermediate_size": 2 * vision,
+            "num_heads": 4,
+            "in_chans": 3,
+            "out_hidden_size": hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "hidden_act": "silu",
+        },
+    }
+
+
+class KeyTable(nn.Module):
+    """(vocab, C) weights in which a key token is the sum of its two glyphs' rows. The glyph after the last is none."""
+
+    def __init__(self, width: int, std: float):
+        super().__init__()
+        self.rest = nn.Parameter(torch.randn(len(VOCABULARY), width) * std)
+        self.first, self.second = (nn.Parameter(torch.randn(len(bd.GLYPHS) + 1, width) * std) for _ in range(2))
+
+    def table(self) -> Tensor:
+        keys = rearrange(self.first[:-1, None] + self.second[:-1], "a b c -> (a b) c")
+        return torch.cat([self.rest[: KEY_TOKENS.start], keys, self.rest[KEY_TOKENS.stop :]])
+
+    def glyph_logits(self, x: Tensor) -> Tensor:
+        """How well the rows of the first and the second glyph fit: (M, C) to (M, 2, 49)."""
+        return torch.stack([x @ self.first.T, x @ self.second.T], 1)
+
+
+class Trainee(nn.Module):
+    """The model, its factored tables, and the auxiliary heads."""
+
+    def __init__(self, raw: dict):
+        super().__init__()
+        self.model = Model(parse_config(raw))
+        width = self.model.cfg.hidden_size
+        self.embed, self.head = KeyTable(width, 0.1), KeyTable(width, 0.1)
+        del self.model.embed_tokens, self.model.lm_head
+        self.right, self.down = KeyTable(width, 0.1), KeyTable(width, 0.1)
+        del self.right.rest, self.down.rest
+        self.colour = nn.Linear(width, len(bd.COLOURS))
+        for name, p in self.model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
+                nn.init.zeros_(p)  # every block starts as the identity
+
+    def see(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Visual embeddings (B * n * R * C, C) and the auxiliary losses.
+
+        A cell's own key is read off with the rows of the input embeddings, its pointer with those of the output head:
+        pictures come in the code that text already has.
+        """
+        seen = self.model.visual(batch.patches, batch.grids)
+        named = {"key": self.embed, "value": self.head, "right": self.right, "down": self.down}
+        losses = {
+            kind: F.cross_entropy(table.glyph_logits(seen).flatten(0, 1), batch.cells[kind].flatten())
+            for kind, table in named.items()
+        }
+        losses["colour"] = F.cross_entropy(self.colour(seen), batch.cells["colour"][:, 0])
+        return seen, losses
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (M, vocab) at the M labelled tokens, and the auxiliary losses."""
+        seen, losses = self.see(batch)
+        return F.linear(answer_states(self.model, self.embed.table(), seen, batch), self.head.table()), losses
+
+    def export(self) -> dict[str, Tensor]:
+        """Published names to bf16 tensors."""
+        state = self.model.state_dict()
+        state |= {"embed_tokens.weight": self.embed.table(), "lm_head.weight": self.head.table()}
+        published = {k if k.startswith(("visual.", "lm_head.")) else f"model.{k}": v for k, v in state.items()}
+        return {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in published.items()}
+
+
+def answer_states(model: Model, table: Tensor, seen: Tensor, batch: Batch) -> Tensor:
+    """Hidden states (M, C) at the M labelled tokens.
+
+    Args:
+        table: (vocab, C) input embeddings.
+        seen: (B * n * R * C, C) visual embeddings.
+    """
+    size, prefix = len(batch.ids), len(batch.prefix)
+    ids = torch.cat([batch.prefix.expand(size, -1), batch.ids], 1)
+    x = F.embedding(ids, table)
+    x = x.masked_scatter((ids == IMAGE)[..., None], seen.to(x.dtype))
+    n = len(batch.grids) // size
+    start = prompt_positions(batch.prefix.cpu(), IMAGE, -1, batch.grids[:n], [0.0] * n, 2, 1.0).to(x.device)
+    asked = (batch.position + start.max() + 1).expand(3, -1, -1)
+    positions = torch.cat([start[:, None].expand(-1, size, -1), asked], 2)
+
+    own = batch.question[:, :, None] == batch.question[:, None]
+    own &= torch.ones_like(own[0]).tril()
+    mask = torch.cat([own.new_ones(*own.shape[:2], prefix), own], 2)[:, None]  # (B, 1, T, P + T)
+    kv = partial(attend, prefix=prefix, mask=mask)
+    hidden = model(x, positions, [kv] * len(model.layers))[:, prefix:]
+    return hidden[batch.labels >= 0]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, prefix: int, mask: Tensor) -> Tensor:
+    """The prefix causally, the questions by their mask. q (B, Hq, P + T, D); k, v (B, H, P + T, D)."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    seen = F.scaled_dot_product_attention(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], is_causal=True)
+    asked = F.scaled_dot_product_attention(q[:, :, prefix:], k, v, attn_mask=mask)
+    return torch.cat([seen, asked], 2)
