@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def step(trainee: Trainee, opts: list, batch: Batch, stage: Stage, done: int) ->
 
 def train(folder: Path, size: str, device: str) -> Trainee:
     """Runs what is left of the schedule. State, log and curve are in `folder`, saved every SAVE_EVERY steps."""
+    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     trainee = Trainee(config(**SIZES[size])).to(device)
     opts, at, seconds = optimizers(trainee), 0, 0.0
@@ -140,6 +142,8 @@ def train(folder: Path, size: str, device: str) -> Trainee:
         for opt, saved in zip(opts, state["opts"], strict=True):
             opt.load_state_dict(saved)
         at, seconds = state["at"], state["seconds"]
+        rows = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+        (folder / "log.jsonl").write_text("".join(rows[:at]))  # steps after the last save run again
     ends = np.cumsum([stage.steps for stage in STAGES])
     bar = tqdm(total=int(ends[-1]), initial=at, desc="training", smoothing=0.05)
     while at < ends[-1]:
@@ -210,13 +214,12 @@ def export(trainee: Trainee, raw: dict, folder: Path) -> None:
     save_processing(folder, VOCABULARY, WORD)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="state, log, curve and finally the checkpoint; resumes what it finds")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args(argv)
     trainee = train(args.folder, args.size, args.device)
     export(trainee, config(**SIZES[args.size]), args.folder / "checkpoint")
     curve(args.folder / "log.jsonl", args.folder / "curve.png")

@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hybridkv import demos
-from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
 from hybridkv.head_profile import HeadProfile
 from hybridkv.plan import budgeted_plan, static_scores
@@ -73,8 +72,10 @@ def calibrate(
     """Reads each prompt, writes up to `new_tokens` tokens with the full cache, and averages what the heads did.
 
     Raises:
-        BudgetError: a prompt is too short to prune at `config.budget`.
+        ValueError: nothing to measure: a budget that prunes nothing, or no prompt that got an answer.
     """
+    if config.budget == 1:
+        raise ValueError("a budget of 1 prunes nothing: give a smaller one")
     need, visual = [], []
     for prompt in tqdm(prompts, desc="prompts", leave=False, disable=None):
         prefill = Prefill(prompt.prunable, config)
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = HybridConfig(budget=args.budget, strict=False)
         model = from_pretrained(folder, dtype=torch.float32 if args.device == "cpu" else None, device=args.device)
         profile = calibrate(model, prompts, config, model.cfg.eos_token_id, args.new_tokens, args.model)
-    except (CheckpointError, InputError, BudgetError, ValueError) as e:
+    except (CheckpointError, InputError, ValueError) as e:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(e).split())}\n")
     profile.save(args.out)
     print(f"{args.out}: {profile.need.shape[0]} layers x {profile.need.shape[1]} KV heads, {profile.prompts} prompts")

@@ -1,12 +1,16 @@
 """What the tests share: random prompts, and a bench on which a cache runs beside the plain tensors it stands for."""
 
+import tempfile
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
+from hybridkv.head_profile import HeadProfile
 from hybridkv.pack import lane_tokens
 from model import Prompt
 
@@ -22,6 +26,15 @@ def random_prefill(
         q, k, v = (torch.randn(1, n, tokens, dim, generator=generator).to(dtype) for n in (heads * group, heads, heads))
         prefill[layer](q, k, v)
     return prefill
+
+
+@cache
+def head_profile(layers: int, heads: int) -> str:
+    """The file of an offline profile with random numbers."""
+    file = Path(tempfile.mkdtemp(), "heads.json")
+    need, visual = torch.rand(2, layers, heads, generator=torch.Generator().manual_seed(0))
+    HeadProfile(need, visual, 1, "random").save(file)
+    return str(file)
 
 
 def plan_or_none(prefill: Prefill) -> Plan | None:

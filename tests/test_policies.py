@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import BudgetError, Engine, HybridConfig, Prefill
+from hybridkv.head_profile import HeadProfile
 from hybridkv.plan import Costs
-from hybridkv.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, streaming
-from tests.lab import Bench, check, prompt, prompts, random_prefill
+from hybridkv.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, sparsemm, streaming
+from tests.lab import Bench, check, head_profile, prompt, prompts, random_prefill
 
 TOKENS = 800
 MASK = torch.arange(TOKENS) < TOKENS - 20
@@ -39,7 +40,8 @@ def kept(plan, layer: int, head: int) -> set[int]:
     st.sampled_from(sorted(POLICIES)), prompts(), st.sampled_from([0.3, 0.5, 0.8]), st.integers(0, 99), st.booleans()
 )
 def test_each_policy_obeys_the_budget_and_decodes_exactly_what_it_planned(name, mask, budget, seed, bounds):
-    config = HybridConfig(budget=budget, strict=False, retrieval="bound" if bounds or name == "quest" else "sketch")
+    retrieval = "bound" if bounds or name == "quest" else "sketch"
+    config = HybridConfig(budget=budget, strict=False, retrieval=retrieval, head_profile=head_profile(2, 2))
     record = random_prefill(config, 2, (2, 3, len(mask), 16), mask, seed, torch.float32)
     plan, costs = POLICIES[name](record), Costs.of(config, 16, torch.float32)
     full = len(mask) * 4 * 2 * 16 * 4
@@ -54,7 +56,8 @@ def test_each_policy_obeys_the_budget_and_decodes_exactly_what_it_planned(name, 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full"}))
 def test_all_read_as_much_as_the_budget_allows(name):
     """To the page, and up to what longer tables were charged: no policy is handicapped by the engine."""
-    config = HybridConfig(budget=0.3, retrieval="bound" if name == "quest" else "sketch")
+    retrieval = "bound" if name == "quest" else "sketch"
+    config = HybridConfig(budget=0.3, retrieval=retrieval, head_profile=head_profile(4, 2))
     plan, costs = POLICIES[name](prefill(config)), Costs.of(config, 16, torch.float32)
     full = TOKENS * 8 * 2 * 16 * 4
     assert 0.3 * full - costs.page - 8 * (plan.whole_pages + 1) * costs.entry < plan.step_bytes(costs) <= 0.3 * full
@@ -100,6 +103,15 @@ def test_adakv_gives_a_head_that_spreads_more_than_one_that_does_not():
     assert (pages[:, 0] > 3 * pages[:, 1]).all() and (pages[:, 1] >= 2).all()
 
 
+def test_sparsemm_gives_more_to_heads_that_look_at_pictures():
+    file = head_profile(4, 2)
+    visual = HeadProfile.load(file, (4, 2)).visual
+    pages = sparsemm(prefill(HybridConfig(budget=0.4, head_profile=file))).pages
+    assert (pages.flatten()[visual.flatten().argsort()].diff() >= 0).all() and pages.max() > pages.min()
+    with pytest.raises(ValueError, match=r"hybridkv\.calibrate"):
+        sparsemm(prefill(HybridConfig(budget=0.4)))
+
+
 def test_quest_drops_nothing():
     plan = quest(prefill(HybridConfig(budget=0.3, retrieval="bound")))
     assert plan.dynamic.all() and (plan.n_retrieve > 0).all()
@@ -112,7 +124,7 @@ def model():
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_engines_run_every_policy(model, name):
-    engine = Engine(model, HybridConfig(budget=0.4), name, compile=False)
+    engine = Engine(model, HybridConfig(budget=0.4, head_profile=head_profile(2, 2)), name, compile=False)
     (result,) = engine.generate([prompt(500, 0)], 20)
     assert len(result.token_ids) == 20
     assert engine.stats.dynamic_heads == {"hybridkv": 2, "quest": 4}.get(name, 0)

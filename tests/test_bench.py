@@ -1,0 +1,199 @@
+"""The benchmarks and the offline profile, small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import heads, quality
+from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
+from demo import logbook
+from demo.tiny_vlm import config as tiny_config
+from demo.tiny_vlm import random_model
+from hybridkv import Engine, HybridConfig, Prefill, calibrate
+from hybridkv.head_profile import HeadProfile
+from hybridkv.plan import budgeted_plan, static_scores
+from model import Processor
+from tests.lab import prompt
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_logbook_is_the_same_at_every_run():
+    assert logbook.logbook() == logbook.logbook()
+    lines = logbook.logbook().splitlines()
+    assert len(lines) == 60 and [i for i, line in enumerate(lines) if logbook.FACT in line] == [23]
+
+
+def test_the_decode_benchmark_writes_its_rows(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    sizes = "--layers 1 --kv-heads 2 --group 2 --head-dim 16 --hidden-size 32 --intermediate-size 32 --steps 3"
+    command = [sys.executable, "-m", "bench.decode", "--contexts", "2048", "--budgets", "0.1", *sizes.split()]
+    done = subprocess.run([*command, "--out", out], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["contender"] for row in rows] == ["dense", "full", "hybridkv 0.1"]
+    assert all(row["ms_per_token"] > 0 and row["compile_s"] > 0 for row in rows)
+    assert rows[2]["bytes_read"] < rows[0]["bytes_read"] <= rows[1]["bytes_read"]
+
+
+# bench.quality
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config(layers=2, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
+
+
+class Bytes:
+    """A processor whose text does not matter."""
+
+    def decode(self, token_ids) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def lab(model) -> quality.Lab:
+    return quality.Lab(model, Bytes(), "tiny")
+
+
+def test_quality_measures_what_the_engine_generates(model):
+    """Answers, KL and costs of a variant against a plain generation and a plain softmax."""
+    prompts = [prompt(400, 0), prompt(300, 1)]
+    config = HybridConfig(budget=0.4, strict=False)
+    texts = [Bytes().decode(r.token_ids) for r in Engine(model, config, compile=False).generate(prompts, 12)]
+    cases = [Case(p, lambda text, want=want: text == want, 12) for p, want in zip(prompts, texts, strict=True)]
+    variants = [quality.Variant("h", "hybridkv", config), quality.Variant("f", "full", config)]
+    measured = dict(lab(model).measure(cases, variants))
+    assert [row["right"] for row in measured["h"]] == [True, True]
+    assert all(row["kl"] > 1e-4 for row in measured["h"])
+    assert all(abs(row["kl"]) < 1e-5 for row in measured["f"])
+    assert measured["h"][0]["step_bytes"] <= 0.4 * measured["h"][0]["full_bytes"]
+    assert measured["f"][1]["attended_tokens"] == 350  # the mean of the batch
+
+
+def test_a_second_turn_is_fed_through_the_compressed_cache(model):
+    """With everything kept, prompt + turn gives the logits of one long prompt."""
+    whole = prompt(300, 3)
+    turn = whole.input_ids[260:].tolist()
+    short = type(whole)(whole.input_ids[:260], whole.prunable[:260], 0, None, [], [])
+    config = HybridConfig(budget=1.0)
+    bench = lab(model)
+    case = Case(short, None, 4, turn)
+    tokens, logits = quality.decode(
+        Engine(model, config, "full", compile=False), bench.read([case], config), [case], None
+    )
+    (expected,) = Engine(model, config, "full", compile=False).generate([whole], 4)
+    assert tokens[0] == expected.token_ids
+    x, positions = model.embed(whole)
+    torch.testing.assert_close(logits[0][0], model.logits(model(x, positions))[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_variants_name_policies_and_fields():
+    variant = quality.parse_variant("hybridkv:pool=1,dynamic_share=0.25,classifier=random")
+    assert (variant.policy, variant.config.pool, variant.config.classifier) == ("hybridkv", 1, "random")
+    assert quality.parse_variant("quest").config.retrieval == "bound"
+    for text, message in (("nothing", "no policy"), ("snapkv:x=1", "no field 'x'"), ("snapkv:pool=2", "pool must")):
+        with pytest.raises(ValueError, match=message):
+            quality.parse_variant(text)
+
+
+def test_the_quality_command_resumes_and_draws(tmp_path, capsys):
+    out, picture = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    command = ["--tasks", "lookup", "--tokens", "64", "--samples", "2", "--budgets", "0.5", "--policies", "snapkv"]
+    quality.main([*command, "--out", str(out)])
+    first = out.read_text()
+    quality.main([*command, "hybridkv", "full", "--out", str(out), "--plot", str(picture)])
+    assert out.read_text().startswith(first) and picture.stat().st_size > 5000
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["policy"], row["budget"]) for row in rows] == [("snapkv", 0.5), ("hybridkv", 0.5), ("full", 1.0)]
+    for row in rows:
+        assert row["accuracy_ci"][0] <= row["accuracy"] <= row["accuracy_ci"][1]
+        assert row["samples"] == 2 and row["config"]["budget"] == row["budget"]
+    assert rows[2]["kl"] < 1e-5 and "tokens/step" in capsys.readouterr().out
+
+
+def test_intervals_are_over_prompts():
+    low, high = bootstrap(np.array([0.0, 1.0] * 20))
+    assert 0.3 < low < 0.5 < high < 0.7
+
+
+def test_text_tasks_hold_their_answers(llama):
+    processor = Processor.from_pretrained(llama)
+    for task in TEXT_TASKS:
+        case, again, other = (make_case(processor, task, 1500, i) for i in (0, 0, 1))
+        assert torch.equal(case.prompt.input_ids, again.prompt.input_ids)
+        assert case.prompt.input_ids.tolist() != other.prompt.input_ids.tolist()
+        assert 1000 < len(case.prompt.input_ids) < 2500 and case.prompt.prunable.float().mean() > 0.7
+        text = processor.tokenizer.decode(case.prompt.input_ids)
+        if case.right:
+            assert not case.right("nothing") and case.right(text)  # what is asked for is in the text, in order
+
+
+# bench.heads, hybridkv.calibrate
+
+
+def test_need_is_found_where_it_was_planted():
+    need = np.array([[0.0, 0.5], [0.0, 0.3]])
+    assert heads.agreement(need, np.array([[0, 3], [1, 2]])) == (pytest.approx(1.0), 1.0)
+    assert heads.agreement(need, np.array([[3, 0], [2, 1]]))[1] == 0.0
+
+
+def test_the_observer_is_a_full_cache_that_knows_what_pruning_would_do(model):
+    config = HybridConfig(budget=0.3)
+    record = Prefill(prompt(300, 0).prunable, config)
+    model.prefill(prompt(300, 0), record)
+    plan = budgeted_plan(record, torch.zeros(2, 2, dtype=torch.bool), static_scores(record))
+    keys, values = [layer.k for layer in record.layers], [layer.v for layer in record.layers]
+    observer = calibrate.Observer(record)
+    q, k, v = torch.randn(1, 6, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+    out = observer[1](q, k, v)
+    changes = []
+    for head in range(2):
+        K, V = torch.cat([keys[1][head], k[0, head]]), torch.cat([values[1][head], v[0, head]])
+        kept = [*plan.order[1][head, : int(plan.pages[1, head]) * plan.page_size].tolist(), 300]
+        group = q[0, 3 * head : 3 * head + 3, 0]
+        full = torch.softmax(group @ K.T / 4, -1) @ V
+        torch.testing.assert_close(out[0, 3 * head : 3 * head + 3, 0], full, rtol=1e-4, atol=1e-5)
+        pruned = torch.softmax(group @ K[kept].T / 4, -1) @ V[kept]
+        changes.append((full - pruned).norm() / out.norm())
+    torch.testing.assert_close(observer.change[1], torch.stack(changes), rtol=1e-3, atol=1e-5)
+    assert observer.change[0].sum() == 0 and 0 < observer.visual[1].min() <= observer.visual[1].max() < 1
+
+
+def test_a_profile_is_measured_saved_and_used(model, tmp_path):
+    profile = calibrate.calibrate(model, [prompt(300, 0), prompt(280, 1)], HybridConfig(budget=0.3), (), 6, "tiny")
+    assert profile.prompts == 2 and profile.need.shape == (2, 2) and (profile.need > 0).all()
+    file = tmp_path / "heads.json"
+    profile.save(file)
+    again = HeadProfile.load(file, (2, 2))
+    assert torch.equal(again.need, profile.need) and torch.equal(again.visual, profile.visual)
+    config = HybridConfig(budget=0.4, classifier="profile", head_profile=str(file))
+    engine = Engine(model, config, compile=False)
+    engine.generate([prompt(500, 0)], 3)
+    assert engine.stats.dynamic_heads == 2
+    for wrong, message in ((None, "hybridkv.calibrate"), (tmp_path / "no.json", "not a head profile")):
+        with pytest.raises(ValueError, match=message):
+            HeadProfile.load(wrong, (2, 2))
+    with pytest.raises(ValueError, match="this model has"):
+        HeadProfile.load(file, (4, 2))
+
+
+def test_the_calibrate_command(vlm, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (448, 448), "teal").save(tmp_path / "a.png")
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps({"prompt": "What is it?", "images": [str(tmp_path / "a.png")]}) + "\n")
+    out = tmp_path / "heads.json"
+    command = ["--model", str(vlm), "--out", str(out), "--budget", "0.5", "--new-tokens", "4"]
+    calibrate.main([*command, "--prompts", str(samples)])
+    assert "2 layers x 2 KV heads, 1 prompts" in capsys.readouterr().out
+    assert HeadProfile.load(out, (2, 2)).prompts == 1
+    for bad, message in (([], "--prompts is missing"), (["--prompts", str(out)], 'with a "prompt"')):
+        with pytest.raises(SystemExit):
+            calibrate.main([*command, *bad])
+        assert message in capsys.readouterr().err

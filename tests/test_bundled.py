@@ -1,0 +1,127 @@
+"""The bundled, trained model: transformers agrees with it, the demos come out right, and compression keeps answers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.tasks import board_case
+from demo import boards as bd
+from hybridkv import Engine, HybridConfig, demos
+from model import Processor, from_pretrained
+from tests.test_parity import TOLERANCE, ours, reference_inputs
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return from_pretrained(demos.MODEL, dtype=torch.float32, progress=False), Processor.from_pretrained(demos.MODEL)
+
+
+def answers(bundled, prompts: list, policy: str, **config) -> list[str]:
+    model, processor = bundled
+    engine = Engine(model, HybridConfig(**config), policy, eos=model.cfg.eos_token_id, compile=False)
+    return [processor.decode(result.token_ids).strip() for result in engine.generate(prompts, 40)]
+
+
+def test_transformers_opens_the_folder_and_gives_the_same_logits(bundled):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model, processor = bundled
+    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(demos.MODEL, dtype=torch.float32).eval()
+    for name in ("right", "compare"):
+        demo = demos.load()[name]
+        prompt = processor(demo.prompt, images=demo.images)
+        expected = reference(**reference_inputs(model, prompt)).logits
+        scale = expected.std()
+        torch.testing.assert_close(ours(model, prompt) / scale, expected / scale, rtol=0, atol=TOLERANCE)
+
+
+def test_weights_fit_and_the_head_mix_is_what_the_card_says(bundled):
+    model, _ = bundled
+    assert (demos.MODEL / "model.safetensors").stat().st_size <= 16_000_000
+    assert model.cfg.num_hidden_layers >= 8 and model.cfg.num_key_value_heads >= 4
+
+
+@pytest.mark.parametrize("name", sorted(demos.load()))
+def test_every_demo_is_answered_right_with_the_full_cache(bundled, name):
+    demo = demos.load()[name]
+    prompt = bundled[1](demo.prompt, images=demo.images)
+    assert answers(bundled, [prompt], "dense") == [demo.answer]
+
+
+def cases(bundled, task: str, tokens: int, n: int) -> list:
+    return [board_case(bundled[1], task, tokens, i, "validation") for i in range(n)]
+
+
+def test_a_budget_of_one_is_the_full_cache(bundled):
+    prompts = [case.prompt for task in ("chain", "right") for case in cases(bundled, task, 256, 3)]
+    assert answers(bundled, prompts, "hybridkv", budget=1.0) == answers(bundled, prompts, "dense")
+
+
+def test_a_tenth_keeps_the_answers_on_a_fixed_set(bundled):
+    """12 chains and lookups over 1,024 cells: what was right with the full cache stays right but for one."""
+    wanted = [case for task in ("lookup", "chain") for case in cases(bundled, task, 1024, 6)]
+    prompts = [case.prompt for case in wanted]
+    full = [case.right(text) for case, text in zip(wanted, answers(bundled, prompts, "dense"), strict=True)]
+    tenth = [case.right(t) for case, t in zip(wanted, answers(bundled, prompts, "hybridkv", budget=0.1), strict=True)]
+    assert sum(full) >= 10
+    assert sum(tenth) >= sum(full) - 1
+
+
+def test_the_pictures_are_those_that_the_seeds_draw():
+    """The bundled files stand for what `python -m demo.pictures` makes, as far as questions and answers go."""
+    from demo.pictures import DEMOS
+
+    for i, (name, (_, task, rows, cols, n)) in enumerate(DEMOS.items()):
+        rng = bd.rng_for("demo", i)
+        boards = bd.make_boards(rng, n, rows, cols, compare=task in ("compare", "changed"))
+        question = bd.ask(rng, boards, task)
+        demo = demos.load()[name]
+        assert (demo.prompt, demo.answer, len(demo.images)) == (question.text, question.answer, n)
+
+
+def run(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "hybridkv.generate", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_without_arguments_both_caches_answer_a_bundled_question():
+    done = run()
+    assert done.returncode == 0, done.stderr
+    demo = demos.load()[demos.DEFAULT]
+    assert f"question: {demo.prompt}" in done.stdout
+    assert done.stdout.count(demo.answer) == 3  # the right answer, and each cache's
+    for part in ("hybridkv 0.1", "full", "read/step", "ms/token"):
+        assert part in done.stderr
+
+
+def test_demos_by_name_and_as_json():
+    done = run("--list-demos")
+    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(demos.load())
+    done = run("--demo", "lookup", "--no-compile", "--json")
+    hybrid, full = (json.loads(line) for line in done.stdout.splitlines())
+    assert hybrid["text"] == full["text"] and hybrid["text"].strip() == demos.load()["lookup"].answer
+    assert hybrid["step_bytes"] < 0.12 * full["full_bytes"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--demo", "nothing"], "there is no demo 'nothing'; there are chain"),
+        (["--demo", "chain", "--prompt", "?"], "brings its own"),
+        (["--prompt", "?"], "--model is missing"),
+        (["--model", "demo"], "--prompt is missing"),
+    ],
+)
+def test_bad_demo_arguments_get_one_line(arguments, message, capsys):
+    from hybridkv import generate
+
+    with pytest.raises(SystemExit) as exit:
+        generate.main(arguments)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and message in err and err.count("\n") == 1

@@ -1,0 +1,174 @@
+"""Training: packed questions are the questions, steps orthogonalise, runs resume exactly, the export is the model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from demo import boards as bd
+from demo import train
+from demo.batches import COMPARED, SEVERAL, SINGLE, Scene, make_batch
+from demo.evaluate import answer_logits, evaluate, exact, interval, table
+from demo.muon import Muon, orthogonalise
+from demo.trainee import Trainee, config
+from demo.vocabulary import VOCABULARY
+from model import from_pretrained
+
+TINY = dict(layers=2, heads=2, kv_heads=1, mlp=48, vision=32)
+
+
+@pytest.fixture(scope="module")
+def trainee() -> Trainee:
+    torch.manual_seed(0)
+    trainee = Trainee(config(**TINY))
+    for p in trainee.model.parameters():  # blocks start as the identity: make them do something
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.1)
+    return trainee
+
+
+@pytest.mark.parametrize(
+    "scene, tasks", [(Scene(3, 4), SINGLE), (Scene(2, 3, 3), SEVERAL), (Scene(3, 3, 2, True), COMPARED)]
+)
+def test_packed_questions_get_the_logits_that_each_gets_alone(trainee, tmp_path, scene, tasks):
+    """Against the checkpoint that training exports, run on one question at a time, the way inference does."""
+    train.export(trainee, config(**TINY), tmp_path)
+    model = from_pretrained(tmp_path, dtype=torch.float32, progress=False)
+    batch = make_batch(bd.rng_for("train", 1), scene, 2, tasks, 160)
+    rounded = Trainee(config(**TINY))
+    rounded.load_state_dict({k: v.bfloat16().float() for k, v in trainee.state_dict().items()})
+    packed = answer_logits(model, batch)
+    labels, at = batch.labels[batch.labels >= 0], 0
+    assert len(packed) == len(labels) > 20
+    for b in range(2):
+        n = scene.n
+        side = batch.patches.shape[0] // (2 * n)
+        patches, grids = batch.patches[b * n * side : (b + 1) * n * side], batch.grids[b * n : (b + 1) * n]
+        for q in range(int(batch.question[b].max()) + 1):
+            mine = batch.question[b] == q
+            prompt = type("P", (), {})()
+            prompt.input_ids = torch.cat([batch.prefix, batch.ids[b][mine]])
+            prompt.patches, prompt.grids, prompt.seconds_per_grid = patches, grids, [0.0] * n
+            x, positions = model.embed(prompt)
+            alone = model.logits(model(x, positions))[0, len(batch.prefix) :][batch.labels[b][mine] >= 0]
+            torch.testing.assert_close(packed[at : at + len(alone)], alone, rtol=1e-4, atol=1e-4)
+            at += len(alone)
+    assert at == len(packed)
+
+
+def test_the_export_is_the_model_rounded_to_bf16(trainee, tmp_path):
+    train.export(trainee, config(**TINY), tmp_path)
+    model = from_pretrained(tmp_path, dtype=torch.float32, progress=False)
+    batch = make_batch(bd.rng_for("train", 1), Scene(3, 3), 1, SINGLE, 80)
+    expected, _ = trainee(batch)
+    actual = answer_logits(model, batch)
+    error = (actual - expected).norm() / expected.norm()
+    assert error < 0.02  # a few roundings to 8 bits, 2^-9 each
+    assert actual.shape[1] == len(VOCABULARY)
+
+
+def test_an_answer_counts_only_if_every_token_is_right():
+    batch = make_batch(bd.rng_for("train", 0), Scene(3, 3), 2, SINGLE, 120)
+    labels = batch.labels[batch.labels >= 0]
+    logits = F.one_hot(labels, len(VOCABULARY)).float()
+    assert all(right == total for right, total in exact(logits, batch).values())
+    questions = int((batch.question.amax(1) + 1).sum())
+    assert sum(total for _, total in exact(logits, batch).values()) == questions
+    logits[3] = 0  # one token of one answer
+    assert sum(right for right, _ in exact(logits, batch).values()) == questions - 1
+
+
+def test_evaluation_reads_every_task_on_boards_of_its_own(trainee):
+    rows = evaluate(lambda batch: trainee(batch)[0], 64, 2, "test", "cpu", room=200)
+    assert [row["task"] for row in rows] == list(bd.TASKS)
+    assert all(row["boards"] == 2 and row["accuracy"] < 0.5 for row in rows)
+    assert table(rows).count("\n") == len(bd.TASKS) + 1
+    assert interval([5, 5], [5, 5]) == (1.0, 1.0) and interval([0, 4], [4, 4])[0] < 0.5 < interval([0, 4], [4, 4])[1]
+
+
+def test_singular_values_come_close_to_one():
+    for shape in ((3, 24, 40), (40, 24), (16, 16)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        values = torch.linalg.svdvals(orthogonalise(x))
+        assert values.max() < 1.3 and values.median() > 0.6
+
+
+def test_muon_is_torchs_muon_without_the_rounding():
+    torch.manual_seed(0)
+    shapes = [(24, 40), (24, 40), (40, 24)]
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    optimizers = Muon(ours, lr=0.05), torch.optim.Muon(theirs, lr=0.05, adjust_lr_fn="original")
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, s in zip(ours, theirs, start, strict=True):
+        # bfloat16 keeps 8 bits; five quintic steps amplify its rounding by a small factor.
+        assert (a - b).norm() < 0.05 * (b - s).norm()
+
+
+STAGES = [
+    train.Stage("glyphs", 2, 2, 3, cells=18, room=0, probe=1.0),
+    train.Stage("first", 3, 2, 3, cells=18, room=64, several=0.3, compared=0.3, vision=0.1, lr=(1.0, 0.5)),
+]
+
+
+@pytest.fixture
+def tiny_run(monkeypatch):
+    monkeypatch.setattr(train, "STAGES", STAGES)
+    monkeypatch.setattr(train, "SIZES", {"tiny": TINY, "other": TINY})
+    monkeypatch.setattr(train, "SAVE_EVERY", 4)
+    with torch.enable_grad():
+        yield
+
+
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tiny_run, tmp_path, monkeypatch):
+    whole = train.train(tmp_path / "whole", "tiny", "cpu")
+    calls = iter(range(99))
+    make = train.make_batch
+
+    def cut(*args):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return make(*args)
+
+    monkeypatch.setattr(train, "make_batch", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tmp_path / "cut", "tiny", "cpu")
+    monkeypatch.setattr(train, "make_batch", make)
+    resumed = train.train(tmp_path / "cut", "tiny", "cpu")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    rows = [json.loads(line) for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    with pytest.raises(SystemExit, match="another folder"):
+        train.train(tmp_path / "cut", "other", "cpu")
+
+
+def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "VALIDATE_EVERY", 4)
+    monkeypatch.setattr(train, "evaluate", lambda *args: [{"task": "chain", "accuracy": 0.5}])
+    train.main([str(tmp_path), "--size", "tiny", "--device", "cpu"])
+    model = from_pretrained(tmp_path / "checkpoint", progress=False)
+    assert model.dtype == torch.bfloat16 and (tmp_path / "curve.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [4]
+    assert "python -m demo.evaluate" in capsys.readouterr().out
+
+
+def test_a_batch_is_learned(trainee):
+    """Forty steps on one batch: the loss of its answers falls below a tenth, with every piece in place."""
+    torch.manual_seed(0)
+    student = Trainee(config(**TINY))
+    optimizers = train.optimizers(student)
+    stage = train.Stage("one", 60, 2, 2, 8, 64)
+    batch = make_batch(np.random.default_rng(0), Scene(2, 2), 2, {"lookup": 1}, 64)
+    with torch.enable_grad():
+        losses = [train.step(student, optimizers, batch, stage, i)[0] for i in range(60)]
+    assert losses[-1] < 0.1 * losses[0]
