@@ -79,7 +79,7 @@ class Read:
 
 def again(prefill: Prefill, config: HybridConfig) -> Prefill:
     """The same record for another plan: loading a cache takes the keys and values out of the record it is given."""
-    copy = Prefill(prefill.prunable, config)
+    copy = Prefill(prefill.prunable, config, spans=prefill.spans)
     copy.layers = list(prefill.layers)
     return copy
 

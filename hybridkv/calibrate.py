@@ -78,7 +78,7 @@ def calibrate(
         raise ValueError("a budget of 1 prunes nothing: give a smaller one")
     need, visual = [], []
     for prompt in tqdm(prompts, desc="prompts", leave=False, disable=None):
-        prefill = Prefill(prompt.prunable, config)
+        prefill = Prefill(prompt.prunable, config, spans=prompt.spans)
         logits, position = model.prefill(prompt, prefill)
         observer, steps = Observer(prefill), 0
         while steps < new_tokens and (token := int(logits.argmax())) not in eos:

@@ -34,7 +34,8 @@ class HybridConfig:
         window: the prompt's last text queries that the profile looks at.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
-        pool: width of the max-pooling over neighbouring tokens' scores before static heads are pruned; odd.
+        pool: width of the max-pooling over neighbouring text tokens' scores before static heads are pruned; odd.
+        pool_side: the same for visual tokens, along both sides of a picture; odd.
         sinks: first tokens of the prompt that every head keeps.
         recent: last tokens of the prompt that every head keeps.
     """
@@ -54,6 +55,7 @@ class HybridConfig:
     top_share: float = 0.1
     score: str = "max"
     pool: int = 15
+    pool_side: int = 1
     sinks: int = 4
     recent: int = 16
 
@@ -75,7 +77,9 @@ class HybridConfig:
         check(self.sketch_rank is None or self.sketch_rank > 0, f"sketch_rank must be positive, got {self.sketch_rank}")
         check(self.window > 0, f"window must be positive, got {self.window}")
         check(0 < self.top_share <= 1, f"top_share must lie in (0, 1], got {self.top_share}")
-        check(self.pool > 0 and self.pool % 2 == 1, f"pool must be odd and positive, got {self.pool}")
+        for name in ("pool", "pool_side"):
+            width = getattr(self, name)
+            check(width > 0 and width % 2 == 1, f"{name} must be odd and positive, got {width}")
         check(self.sinks >= 0 and self.recent >= 0, "sinks and recent can't be negative")
 
     def rank(self, head_dim: int) -> int:

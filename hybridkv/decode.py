@@ -4,7 +4,8 @@
 
     prefill(prompt, kv) -> logits (1, V), next position     and     step(token, position, kv) -> logits (B, V)
 
-where prompts have `input_ids` (T,) and `prunable` (T,), and `kv[layer](q, k, v)` is a layer's attention.
+where prompts have `input_ids` (T,) and `prunable` (T,), and perhaps `spans` (where pictures lie), and
+`kv[layer](q, k, v)` is a layer's attention.
 """
 
 import time
@@ -130,7 +131,7 @@ class Engine:
         """Reads the prompts one by one: their records, the next token's logits (B, V) and positions."""
         prefills, logits, positions = [], [], []
         for prompt in prompts:
-            prefills.append(Prefill(prompt.prunable, self.config, on_layer))
+            prefills.append(Prefill(prompt.prunable, self.config, on_layer, getattr(prompt, "spans", ())))
             last, position = self.model.prefill(prompt, prefills[-1])
             logits.append(last)
             positions.append(position)

@@ -152,11 +152,17 @@ def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor]:
     return torch.stack(mass).cpu(), torch.stack(overlap).cpu()
 
 
-def static_scores(prefill: Prefill) -> list[Tensor]:
-    """What each token is worth to a static head, (H, T) for each layer."""
+def neighbourhood_scores(prefill: Prefill, reduce: str) -> list[Tensor]:
+    """The `max` or `mean` attention that the prompt's text gives to each token's neighbourhood, (H, T) a layer."""
     config = prefill.config
-    scores = (layer.score if config.score == "max" else layer.mean_score for layer in prefill.layers)
-    return [pooled(score.masked_fill(~prefill.prunable, 0.0), config.pool) for score in scores]
+    scores = (layer.score if reduce == "max" else layer.mean_score for layer in prefill.layers)
+    masked = (score.masked_fill(~prefill.prunable, 0.0) for score in scores)
+    return [pooled(score, config.pool, config.pool_side, prefill.spans) for score in masked]
+
+
+def static_scores(prefill: Prefill) -> list[Tensor]:
+    """What each token is worth to a static head, (H, T) a layer."""
+    return neighbourhood_scores(prefill, prefill.config.score)
 
 
 def budgeted_plan(

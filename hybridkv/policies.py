@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from hybridkv.head_profile import HeadProfile
-from hybridkv.plan import Plan, budgeted_plan, full_plan, hybrid_plan
+from hybridkv.plan import Plan, budgeted_plan, full_plan, hybrid_plan, neighbourhood_scores
 from hybridkv.profile import Prefill
-from hybridkv.prune import pooled
 
 ADAKV_SAFEGUARD = 0.2  # share of a layer's budget that AdaKV spreads evenly over its heads
 SPARSEMM_UNIFORM = 0.2  # share of the budget that SparseMM spreads evenly over the heads
@@ -32,8 +31,7 @@ def pruned_plan(prefill: Prefill, score: list[Tensor], weight: Tensor | None = N
 
 def window_scores(prefill: Prefill) -> list[Tensor]:
     """SnapKV's scores: attention summed over the window's queries, max-pooled over neighbouring tokens, (H, T) each."""
-    masked = (layer.mean_score.masked_fill(~prefill.prunable, 0.0) for layer in prefill.layers)
-    return [pooled(score, prefill.config.pool) for score in masked]
+    return neighbourhood_scores(prefill, "mean")
 
 
 def streaming(prefill: Prefill) -> Plan:

@@ -4,7 +4,7 @@ Attention over the prompt is dense and causal. On the way, the last text queries
 keys once more, one KV head at a time, which costs window / T of the attention and never holds a T x T matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hybridkv.config import HybridConfig
+from hybridkv.prune import Span
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,18 @@ class Prefill:
             makes all tokens prunable but the last `config.window`, which are taken for the question.
         config: how to profile.
         on_layer: called after each layer, for progress.
+        spans: where pictures lie among the tokens, for neighbourhoods in two dimensions.
     """
 
-    def __init__(self, prunable: Tensor | None, config: HybridConfig, on_layer: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        prunable: Tensor | None,
+        config: HybridConfig,
+        on_layer: Callable[[], None] | None = None,
+        spans: Sequence[Span] = (),
+    ):
         self.config = config
+        self.spans = spans
         self.on_layer = on_layer
         self.prunable = prunable
         self.layers: list[LayerProfile] = []

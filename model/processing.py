@@ -7,7 +7,7 @@ image processor, so torchvision is not needed).
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ class Prompt:
         patches: (N, patch_dim) float32 of all images, then all videos; None without any.
         grids: (t, h, w) in patches of each of them.
         seconds_per_grid: seconds between two time steps of each; 0 for images.
+        spans: their tokens in the prompt: the first one's place, then time, height and width in tokens.
     """
 
     input_ids: Tensor
@@ -50,6 +51,7 @@ class Prompt:
     patches: Tensor | None
     grids: list[tuple[int, int, int]]
     seconds_per_grid: list[float]
+    spans: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
 def open_image(source: Picture) -> Image.Image:
@@ -220,7 +222,17 @@ class Processor:
             patches=torch.cat(patches) if patches else None,
             grids=grids,
             seconds_per_grid=seconds,
+            spans=self._spans(visual, grids),
         )
+
+    def _spans(self, visual: Tensor, grids: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
+        """Where each input's run of visual tokens starts, and its size in tokens; runs come in the order of grids."""
+        spans, at, merge = [], 0, self.cfg.vision.spatial_merge_size if grids else 1
+        for t, h, w in grids:
+            start = at + int(visual[at:].nonzero()[0])
+            spans.append((start, t, h // merge, w // merge))
+            at = start + t * h * w // merge**2
+        return spans
 
     def _patches(
         self, pictures: list[Image.Image], low: int | None, high: int | None
