@@ -30,6 +30,7 @@ class HybridConfig:
         head_weight: a head's claim within its type: `uniform`, or `context`, in proportion to the share of its
             attention that falls on the context, at least CONTEXT_FLOOR.
         retrieval: how chunks are summed up for scoring: `sketch` or `bound` (see `retrieve`).
+        tiles: a picture's chunks are tiles, 4 x 4 tokens for a page of 16, instead of runs of its raster lines.
         sketch_rank: dimensions of the int8 key sketch; None takes a quarter of head_dim.
         window: the prompt's last text queries that the profile looks at.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
@@ -50,6 +51,7 @@ class HybridConfig:
     dynamic_weight: float = 1.0
     head_weight: str = "uniform"
     retrieval: str = "sketch"
+    tiles: bool = False
     sketch_rank: int | None = None
     window: int = 32
     top_share: float = 0.1

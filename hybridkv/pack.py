@@ -64,7 +64,7 @@ def lane_tokens(plan: Plan, layer: int) -> list[Tensor]:
     everything = torch.arange(plan.tokens, device=device)
     in_chunks = plan.lane_chunks * size
     in_tail = plan.tokens % size
-    context = everything[prunable]
+    context = everything[prunable] if plan.chunk_order is None else plan.chunk_order.to(device)
     retrieved = torch.cat((everything[~prunable], context[in_chunks + in_tail :])).sort().values
     dynamic = torch.cat((context[:in_chunks], retrieved, context[in_chunks : in_chunks + in_tail]))
     tokens = []

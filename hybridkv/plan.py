@@ -20,6 +20,7 @@ from hybridkv.classify import classify
 from hybridkv.config import HybridConfig
 from hybridkv.profile import Prefill
 from hybridkv.prune import keep_order, pooled
+from hybridkv.retrieve import tile_order
 
 CONTEXT_FLOOR = 0.2  # smallest claim of a head that is weighted by its context mass
 SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, row of the basis
@@ -52,6 +53,7 @@ class Plan:
         dynamic: lanes that retrieve chunks.
         pages: prompt pages that a step reads, the partly filled last one included.
         order: for each layer (H, T), tokens from the most to the least worth keeping; empty when all is kept.
+        chunk_order: the prunable tokens in the order in which they fill chunks; None for that of the prompt.
     """
 
     prunable: Tensor
@@ -59,6 +61,7 @@ class Plan:
     dynamic: Tensor
     pages: Tensor
     order: tuple[Tensor, ...] = ()
+    chunk_order: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -123,12 +126,13 @@ def full_bytes(tokens: int, lanes: int, costs: Costs, page_size: int) -> int:
 
 def full_plan(prefill: Prefill) -> Plan:
     """Keeps everything."""
-    shape = (len(prefill.layers), prefill.layers[0].k.shape[0])
+    config, shape = prefill.config, (len(prefill.layers), prefill.layers[0].k.shape[0])
     plan = Plan(
         prefill.prunable.cpu(),
-        prefill.config.page_size,
+        config.page_size,
         dynamic=torch.zeros(shape, dtype=torch.bool),
         pages=torch.zeros(shape, dtype=torch.long),
+        chunk_order=tile_order(prefill.prunable.cpu(), prefill.spans, config.page_size) if config.tiles else None,
     )
     return replace(plan, pages=torch.full(shape, plan.whole_pages))
 

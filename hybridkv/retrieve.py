@@ -10,9 +10,34 @@ Both score with one pointwise pass and one reduction, in the graph of the decodi
 row 0, and what they would append goes to page 0, which is nobody's.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
+
+from hybridkv.prune import Span
+
+
+def tile_order(prunable: Tensor, spans: Sequence[Span], page_size: int) -> Tensor:
+    """The prunable tokens, pictures tile by tile. Keys carry their positions, so any tokens may share a chunk.
+
+    Args:
+        prunable: (T,) bool. spans: where pictures lie. page_size: tokens of a tile, at most twice as wide as high.
+
+    Returns:
+        (N,) int64 token numbers.
+    """
+    place = torch.arange(len(prunable))
+    height = 1 << (page_size.bit_length() - 1) // 2
+    width = page_size // height
+    for start, t, h, w in spans:
+        frame, row, col = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+        tile = (frame * h + row // height) * w + col // width  # grows along tiles, tile row by tile row
+        inside = ((tile * height + row % height) * width + col % width).flatten().argsort()
+        place[start + inside] = torch.arange(start, start + t * h * w)
+    context = prunable.nonzero()[:, 0]
+    return context[place[context].argsort()]
 
 
 def fit_sketch(k: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

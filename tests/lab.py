@@ -82,6 +82,7 @@ configs = st.builds(
     dynamic_weight=st.sampled_from([0.5, 1.0, 2.0]),
     retrieval=st.sampled_from(["sketch", "bound"]),
     sketch_rank=st.sampled_from([None, 2, 8]),
+    tiles=st.booleans(),
     window=st.integers(1, 20),
     sinks=st.integers(0, 5),
     recent=st.integers(0, 10),

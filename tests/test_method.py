@@ -1,5 +1,6 @@
 """The decisions, one by one: profile, classify, budget, prune, retrieve. Each against its slow, obvious twin."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hybridkv.classify import classify, ranks, settled_share
 from hybridkv.plan import Costs
 from hybridkv.profile import jaccard_overlap, window_rows
 from hybridkv.prune import keep_order, pooled
-from hybridkv.retrieve import bound_scores, encode, fit_sketch, pack_sketch, select, sketch_scores
+from hybridkv.retrieve import bound_scores, encode, fit_sketch, pack_sketch, select, sketch_scores, tile_order
 from tests.lab import configs, prompts, random_prefill, shapes
 
 examples = settings(max_examples=100, deadline=None)
@@ -210,7 +211,8 @@ def test_nothing_to_prune_needs_the_full_cache():
     [
         dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48),
         dict(dynamic_share=1.5), dict(threshold=-1), dict(dynamic_weight=0), dict(sketch_rank=0),
-        dict(window=0), dict(top_share=0), dict(pool=4), dict(sinks=-1),
+        dict(window=0), dict(top_share=0), dict(pool=4), dict(pool_side=2), dict(sinks=-1),
+        dict(classifier="guess"), dict(score="sum"), dict(head_weight="none"), dict(retrieval="all"),
     ],
     ids=str,
 )  # fmt: skip
@@ -236,7 +238,41 @@ def test_kept_tokens_are_those_the_text_points_at_with_their_neighbours():
     assert pooled(score, 3)[0].tolist() == pytest.approx([0.9, 0.9, 0.9, 0.1, 0.0, 0.8, 0.8, 1.0, 1.0])
 
 
+@examples
+@given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 5]), st.integers(0, 99))
+def test_pictures_are_pooled_along_both_sides(t, h, w, side, seed):
+    score = torch.rand(2, 5 + t * h * w + 3, generator=torch.Generator().manual_seed(seed))
+    out = pooled(score, 3, side, [(5, t, h, w)])
+    reach = side // 2
+    for head, f, r, c in np.ndindex(2, t, h, w):
+        picture = score[head, 5 : 5 + t * h * w].view(t, h, w)[f]
+        near = picture[max(0, r - reach) : r + reach + 1, max(0, c - reach) : c + reach + 1]
+        assert out[head, 5 + (f * h + r) * w + c] == near.max()
+    assert torch.equal(out[:, :4], pooled(score, 3)[:, :4])
+
+
 # retrieve
+
+
+@examples
+@given(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12), st.sampled_from([16, 32, 64]), st.integers(0, 6))
+def test_tiles_hold_neighbours_and_every_token_once(t, h, w, page_size, text):
+    prunable = torch.ones(text + t * h * w + 3, dtype=torch.bool)
+    prunable[: text // 2] = False
+    order = tile_order(prunable, [(text, t, h, w)], page_size)
+    assert sorted(order.tolist()) == prunable.nonzero()[:, 0].tolist()
+    high = {16: 4, 32: 4, 64: 8}[page_size]
+    wide = page_size // high
+    tiles = [
+        text + (f * h + r) * w + c
+        for f in range(t)
+        for R in range(0, h, high)
+        for C in range(0, w, wide)
+        for r in range(R, min(R + high, h))
+        for c in range(C, min(C + wide, w))
+    ]
+    inside = [i for i in order.tolist() if text <= i < text + t * h * w]
+    assert inside == tiles
 
 
 @examples
