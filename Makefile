@@ -1,4 +1,4 @@
-# make demo    the hybrid cache beside the full cache, on a picture and on a long text
+# make demo    a bundled picture, question and model: the hybrid cache beside the full cache
 # make test    lint and tests
 # Both make their own virtual environment with pinned versions. PYTHON chooses the interpreter, 3.11 or later.
 
@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/ready
-	$(PY) -m demo
+	$(PY) -m hybridkv.generate
 
 test: lint
 	$(PY) -m pytest --cov --cov-fail-under=90

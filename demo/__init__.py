@@ -1,1 +1,1 @@
-"""What `make demo` runs: a picture through a Qwen2.5-VL-shaped checkpoint, a long text through a trained model."""
+"""Makes what the bundled demos show: boards, the small model that reads them, its training and its test."""
