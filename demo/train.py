@@ -64,14 +64,17 @@ class Stage:
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
 
 
+EACH = {"lookup": 1, "lookups": 2, "colour": 3, "right": 3, "down": 3, "chain": 2, "describe": 2}
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, probe=1.0),
     Stage("neighbours", 250, 6, 12, cells=2400, room=0, probe=1.0, lr=(1.0, 0.3)),
     Stage("first", 150, 2, 3, cells=240, room=56, tasks={"lookup": 1, "chain": 2}, vision=0.1),
     Stage("tasks", 300, 3, 6, cells=480, room=96, several=0.2, compared=0.2, vision=0.1, lr=(1.0, 0.6)),
-    Stage("small", 450, 4, 12, cells=800, room=160, several=0.2, compared=0.15, vision=0.1, lr=(0.6, 0.5)),
-    Stage("middle", 400, 6, 24, cells=1500, room=256, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.5)),
-    Stage("large", 400, 8, 64, 2400, 320, largest=4096, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.02)),
+    Stage("small", 250, 4, 12, cells=800, room=160, several=0.2, compared=0.15, vision=0.1, lr=(0.6, 0.5)),
+    Stage("each", 250, 2, 3, cells=300, room=72, several=0.15, compared=0.2, vision=0.1, tasks=EACH),
+    Stage("again", 250, 3, 10, cells=600, room=144, several=0.2, compared=0.15, vision=0.1, lr=(0.8, 0.5)),
+    Stage("middle", 250, 6, 24, cells=1500, room=256, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.5)),
+    Stage("large", 250, 8, 64, 2400, 320, largest=4096, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.02)),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
