@@ -62,19 +62,25 @@ class Stage:
     lr: tuple[float, float] = (1.0, 1.0)
     vision: float = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
+    skip: tuple[str, ...] = ()
 
 
+FIRST = {"lookup": 1, "chain": 2}
 EACH = {"lookup": 1, "lookups": 2, "colour": 3, "right": 3, "down": 3, "chain": 2, "describe": 2}
+POINTERS = {"lookup": 2, "lookups": 1, "chain": 4}
+LATER = ("right", "down", "changed")  # what these stages leave out of questions about several boards
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, probe=1.0),
     Stage("neighbours", 250, 6, 12, cells=2400, room=0, probe=1.0, lr=(1.0, 0.3)),
-    Stage("first", 150, 2, 3, cells=240, room=56, tasks={"lookup": 1, "chain": 2}, vision=0.1),
+    Stage("first", 150, 2, 3, cells=240, room=56, tasks=FIRST, vision=0.1),
     Stage("tasks", 300, 3, 6, cells=480, room=96, several=0.2, compared=0.2, vision=0.1, lr=(1.0, 0.6)),
     Stage("small", 250, 4, 12, cells=800, room=160, several=0.2, compared=0.15, vision=0.1, lr=(0.6, 0.5)),
-    Stage("each", 250, 2, 3, cells=300, room=72, several=0.15, compared=0.2, vision=0.1, tasks=EACH),
-    Stage("again", 250, 3, 10, cells=600, room=144, several=0.2, compared=0.15, vision=0.1, lr=(0.8, 0.5)),
-    Stage("middle", 250, 6, 24, cells=1500, room=256, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.5)),
-    Stage("large", 250, 8, 64, 2400, 320, largest=4096, several=0.2, compared=0.15, vision=0.1, lr=(0.5, 0.02)),
+    Stage("each", 100, 2, 3, cells=300, room=72, several=0.15, compared=0.2, vision=0.1, tasks=EACH),
+    Stage("far", 400, 4, 14, 900, 160, 0.15, 0.1, vision=0.1, lr=(0.7, 0.5), tasks=POINTERS, skip=LATER),
+    Stage("middle", 250, 8, 28, 1800, 224, 0.15, 0.1, vision=0.1, lr=(0.5, 0.5), tasks=POINTERS, skip=LATER),
+    Stage(
+        "large", 180, 10, 64, 2600, 256, 0.15, 0.1, largest=4096, vision=0.1, lr=(0.5, 0.02), tasks=POINTERS, skip=LATER
+    ),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
@@ -92,7 +98,7 @@ def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str,
         else:
             scene, tasks = Scene(rows, cols), stage.tasks
         if scene.cells <= max(stage.cells, stage.largest):
-            return scene, tasks
+            return scene, {task: weight for task, weight in tasks.items() if task not in stage.skip}
 
 
 def optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
@@ -191,7 +197,7 @@ def curve(log: Path, file: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 7), sharex=True)
     above.plot(minutes, [row["loss"] for row in rows], lw=0.6)
     above.set(ylabel="loss, nats per answer token", title=f"{log.parent.name}: training batches")
-    window = 25
+    window = min(25, len(rows))
     for task in bd.TASKS:
         counts = np.array([row["right"].get(task, (0, 0)) for row in rows], dtype=float)
         summed = np.apply_along_axis(np.convolve, 0, counts, np.ones(window), "valid")

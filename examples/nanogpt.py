@@ -90,7 +90,7 @@ def main() -> None:
         engine = Engine(model, HybridConfig(budget=0.25), policy)
         (result,) = engine.generate([prompt], max_new_tokens=32)
         read = engine.stats.bytes.step / engine.stats.bytes.full
-        print(f"{policy:6s} reads {read:.1%} of the cache a step: {result.token_ids[:12]} ...")
+        print(f"{policy:8s} reads {read:.1%} of the cache a step: {result.token_ids[:12]} ...")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ def test_an_answer_counts_only_if_every_token_is_right():
 
 
 def test_evaluation_reads_every_task_on_boards_of_its_own(trainee):
-    rows = evaluate(lambda batch: trainee(batch)[0], 64, 2, "test", "cpu", room=200)
+    rows = evaluate(lambda batch: trainee(batch)[0], 64, 3, "test", "cpu", room=640)
     assert [row["task"] for row in rows] == list(bd.TASKS)
-    assert all(row["boards"] == 2 and row["accuracy"] < 0.5 for row in rows)
+    assert all(row["boards"] <= 3 and row["accuracy"] < 0.5 for row in rows)
     assert table(rows).count("\n") == len(bd.TASKS) + 1
     assert interval([5, 5], [5, 5]) == (1.0, 1.0) and interval([0, 4], [4, 4])[0] < 0.5 < interval([0, 4], [4, 4])[1]
 
