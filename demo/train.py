@@ -76,11 +76,12 @@ STAGES = [
     Stage("tasks", 300, 3, 6, cells=480, room=96, several=0.2, compared=0.2, vision=0.1, lr=(1.0, 0.6)),
     Stage("small", 250, 4, 12, cells=800, room=160, several=0.2, compared=0.15, vision=0.1, lr=(0.6, 0.5)),
     Stage("each", 100, 2, 3, cells=300, room=72, several=0.15, compared=0.2, vision=0.1, tasks=EACH),
-    Stage("far", 400, 4, 14, 900, 160, 0.15, 0.1, vision=0.1, lr=(0.7, 0.5), tasks=POINTERS, skip=LATER),
-    Stage("middle", 250, 8, 28, 1800, 224, 0.15, 0.1, vision=0.1, lr=(0.5, 0.5), tasks=POINTERS, skip=LATER),
+    Stage("far", 300, 4, 14, 900, 160, 0.15, 0.1, vision=0.1, lr=(0.7, 0.5), tasks=POINTERS, skip=LATER),
+    Stage("middle", 220, 8, 28, 1800, 224, 0.15, 0.1, vision=0.1, lr=(0.5, 0.5), tasks=POINTERS, skip=LATER),
     Stage(
-        "large", 180, 10, 64, 2600, 256, 0.15, 0.1, largest=4096, vision=0.1, lr=(0.5, 0.02), tasks=POINTERS, skip=LATER
+        "large", 210, 10, 64, 2600, 256, 0.15, 0.1, largest=4096, vision=0.1, lr=(0.5, 0.02), tasks=POINTERS, skip=LATER
     ),
+    Stage("longer", 140, 16, 48, 2800, 288, 0.1, 0.05, vision=0.1, lr=(0.3, 0.01), tasks=POINTERS, skip=LATER),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
