@@ -9,7 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "boards"
-DEFAULT = "chain"
+DEFAULT = "lookup"
 
 
 @dataclass(frozen=True)
