@@ -10,6 +10,7 @@ the classifier would make dynamic (half, on average, if it knew nothing).
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.quality import Lab, Variant, load_lab
+from bench.quality import Lab, Variant, load_lab, parse_variant
 from bench.tasks import make_case
 from hybridkv.classify import movement
-from hybridkv.config import HybridConfig
 from hybridkv.plan import Plan, budgeted_plan, static_scores, text_attention
 from hybridkv.profile import Prefill
 
@@ -36,7 +36,7 @@ def spare(kept: tuple[int, int] | None, prefill: Prefill) -> Plan:
 def measure(lab: Lab, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, float]:
     """Need (layers, H) in nats a token, mean movement rank (layers, H), and KL with all heads dynamic."""
     layers, heads = lab.model.cfg.num_hidden_layers, lab.model.cfg.num_key_value_heads
-    config = HybridConfig(budget=args.budget, strict=False)
+    config = replace(parse_variant(args.variant).config, budget=args.budget)
     every = [None, *np.ndindex(layers, heads)]
     variants = [Variant(str(kept), partial(spare, kept), config) for kept in every]
     kl: list[list[float]] = [[] for _ in every]
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--task", default="chain")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--variant", default="hybridkv:sketch_rank=16", help="configuration, as in bench.quality")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
