@@ -11,7 +11,6 @@ import torch
 
 from bench import heads, quality
 from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
-from demo import logbook
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, calibrate
@@ -21,12 +20,6 @@ from model import Processor
 from tests.lab import prompt
 
 ROOT = Path(__file__).parent.parent
-
-
-def test_the_logbook_is_the_same_at_every_run():
-    assert logbook.logbook() == logbook.logbook()
-    lines = logbook.logbook().splitlines()
-    assert len(lines) == 60 and [i for i, line in enumerate(lines) if logbook.FACT in line] == [23]
 
 
 def test_the_decode_benchmark_writes_its_rows(tmp_path):
