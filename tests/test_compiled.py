@@ -152,9 +152,11 @@ def test_the_full_caches_compiled(model, policy):
 
 
 def test_compiled_sampling_draws_what_uncompiled_draws(model):
+    # Twelve draws, each at least 3e-4 from the next token's share: rounding, about 1e-7, decides none of them. (The
+    # nineteenth of this seed lies 6e-8 from a boundary, and falls either way on different CPUs.)
     prompts, sampling = [prompt(80, 0)], Sampling(temperature=0.8, top_p=0.9, seed=3)
-    expected = Engine(model, policy="dense", compile=False).generate(prompts, 24, sampling)
-    actual = Engine(model, policy="dense").generate(prompts, 24, sampling)
+    expected = Engine(model, policy="dense", compile=False).generate(prompts, 12, sampling)
+    actual = Engine(model, policy="dense").generate(prompts, 12, sampling)
     assert actual[0].token_ids == expected[0].token_ids
 
 
