@@ -32,7 +32,7 @@ from hybridkv.demos import MODEL
 from hybridkv.policies import POLICIES
 from hybridkv.profile import Prefill
 from hybridkv.sampling import Sampling
-from model import Model, Processor, from_pretrained
+from model import CheckpointError, InputError, Model, Processor, from_pretrained
 
 PROFILED = ("window", "top_share", "sinks", "recent")  # fields that the prefill itself depends on
 
@@ -292,11 +292,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(tasks) - {*bd.TASKS, *TEXT_TASKS}:
         parser.error(f"unknown tasks: {', '.join(sorted(unknown))}")
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out and args.out.exists() else []
-    lab = load_lab(args.model, args.device)
     rows = []
-    for task in tasks:
-        for tokens in args.tokens or ([1024] if boards else [2000]):
-            rows += run(lab, task, tokens, jobs, args, done)
+    try:
+        lab = load_lab(args.model, args.device)
+        for task in tasks:
+            for tokens in args.tokens or ([1024] if boards else [2000]):
+                rows += run(lab, task, tokens, jobs, args, done)
+    except (CheckpointError, InputError, RuntimeError, ValueError) as e:
+        parser.exit(1, f"{parser.prog}: error: {e}\n")
     print(table(rows))
     if args.plot:
         plot(rows, args.plot)

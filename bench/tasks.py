@@ -1,6 +1,7 @@
 """Questions with checkable answers: boards for the demo model, long text for language models. All drawn from seeds."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,8 +11,6 @@ from PIL import Image
 
 from demo import boards as bd
 from model import Processor, Prompt
-
-SIDES = {64: 8, 256: 16, 576: 24, 1024: 32, 2304: 48, 4096: 64}  # visual tokens: rows and columns of one board
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,14 @@ class Case:
 
 
 def board_case(processor: Processor, task: str, tokens: int, index: int, split: str = "test") -> Case:
-    """Boards with `tokens` cells in all."""
-    side, paired = SIDES[tokens], task in ("compare", "changed")
+    """A square board of `tokens` cells, or two halves of one.
+
+    Raises:
+        ValueError: no such board.
+    """
+    if math.isqrt(tokens) ** 2 != tokens or tokens % 2 or tokens < 16:
+        raise ValueError(f"boards are even squares of 16 cells or more, got {tokens} tokens: try 64, 256, 1024")
+    side, paired = math.isqrt(tokens), task in ("compare", "changed")
     rng = bd.rng_for(split, 10_000 * tokens + 100_000_000 * bd.TASKS.index(task) + index)
     several = paired or task == "which"
     boards = bd.make_boards(rng, 1 + several, side, side // (1 + several), compare=paired)

@@ -8,6 +8,7 @@ bootstraps over boards.
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from demo.batches import COMPARED, SINGLE, Batch, Scene, make_batch
 from demo.trainee import answer_states
 from model import Model, from_pretrained
 
-SIDES = {64: 8, 256: 16, 1024: 32, 4096: 64}  # visual tokens: rows and columns of one board
+TOKENS = (64, 256, 1024, 4096)  # visual tokens of a prompt: square boards
 
 
 def exact(logits: Tensor, batch: Batch) -> dict[str, tuple[int, int]]:
@@ -42,7 +43,7 @@ def exact(logits: Tensor, batch: Batch) -> dict[str, tuple[int, int]]:
 
 def scenes(tokens: int) -> Iterator[tuple[Scene, dict[str, float]]]:
     """One board, two different boards and two boards to compare, each with `tokens` cells in all."""
-    side = SIDES[tokens]
+    side = math.isqrt(tokens)
     yield Scene(side, side), dict.fromkeys(SINGLE, 1.0)
     yield Scene(side, side // 2, 2), {"which": 1.0}
     yield Scene(side, side // 2, 2, True), dict.fromkeys(COMPARED, 1.0)
@@ -109,7 +110,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a checkpoint folder")
-    parser.add_argument("--tokens", type=int, nargs="+", choices=SIDES, default=list(SIDES), help="visual tokens")
+    parser.add_argument("--tokens", type=int, nargs="+", choices=TOKENS, default=TOKENS, help="visual tokens")
     parser.add_argument("--boards", type=int, default=20, help="prompts per size and kind (default: 20)")
     parser.add_argument("--split", choices=bd.SPLITS, default="test")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

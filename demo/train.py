@@ -3,10 +3,10 @@
     python -m demo.train FOLDER
 
 The module that is trained is the one that inference runs (`model.Model`), with two additions that are gone from the
-exported checkpoint: the embeddings of the 2,304 key tokens are sums of two glyph embeddings (expanded on export), and
-linear heads on the visual embeddings name each cell's own glyphs, its colour, and its right and lower neighbours' keys
-(an auxiliary loss: what is not in a visual embedding can't be retrieved). Many questions share one board, hidden from
-each other by the attention mask.
+exported checkpoint. The embeddings of the 2,304 key tokens are sums of two glyph embeddings, expanded on export. And
+auxiliary losses ask each visual embedding for its cell's key (read with the rows of the input embeddings), its pointer
+(with those of the output head), its colour and its neighbours' keys: what is not there can't be retrieved. Many
+questions share one board, hidden from each other by the attention mask.
 """
 
 import argparse

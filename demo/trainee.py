@@ -64,21 +64,28 @@ def config(layers: int, heads: int, kv_heads: int, mlp: int, vision: int) -> dic
     }
 
 
-class KeyTable(nn.Module):
-    """(vocab, C) weights in which a key token is the sum of its two glyphs' rows. The glyph after the last is none."""
+class GlyphTable(nn.Module):
+    """(49, C) rows for a key's first and for its second glyph; the last row stands for no glyph."""
 
-    def __init__(self, width: int, std: float):
+    def __init__(self, width: int, std: float = 0.1):
         super().__init__()
-        self.rest = nn.Parameter(torch.randn(len(VOCABULARY), width) * std)
         self.first, self.second = (nn.Parameter(torch.randn(len(bd.GLYPHS) + 1, width) * std) for _ in range(2))
-
-    def table(self) -> Tensor:
-        keys = rearrange(self.first[:-1, None] + self.second[:-1], "a b c -> (a b) c")
-        return torch.cat([self.rest[: KEY_TOKENS.start], keys, self.rest[KEY_TOKENS.stop :]])
 
     def glyph_logits(self, x: Tensor) -> Tensor:
         """How well the rows of the first and the second glyph fit: (M, C) to (M, 2, 49)."""
         return torch.stack([x @ self.first.T, x @ self.second.T], 1)
+
+
+class KeyTable(GlyphTable):
+    """(vocab, C) weights in which a key token is the sum of its two glyphs' rows."""
+
+    def __init__(self, width: int, std: float = 0.1):
+        super().__init__(width, std)
+        self.rest = nn.Parameter(torch.randn(len(VOCABULARY), width) * std)
+
+    def table(self) -> Tensor:
+        keys = rearrange(self.first[:-1, None] + self.second[:-1], "a b c -> (a b) c")
+        return torch.cat([self.rest[: KEY_TOKENS.start], keys, self.rest[KEY_TOKENS.stop :]])
 
 
 class Trainee(nn.Module):
@@ -88,10 +95,9 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = Model(parse_config(raw))
         width = self.model.cfg.hidden_size
-        self.embed, self.head = KeyTable(width, 0.1), KeyTable(width, 0.1)
+        self.embed, self.head = KeyTable(width), KeyTable(width)
         del self.model.embed_tokens, self.model.lm_head
-        self.right, self.down = KeyTable(width, 0.1), KeyTable(width, 0.1)
-        del self.right.rest, self.down.rest
+        self.right, self.down = GlyphTable(width), GlyphTable(width)
         self.colour = nn.Linear(width, len(bd.COLOURS))
         for name, p in self.model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):

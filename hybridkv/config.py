@@ -1,4 +1,4 @@
-"""Every choice of the method, in one place. Defaults come from measurements on trained models (see README)."""
+"""Every choice of the method, in one place. Defaults come from measurements on text models (see README)."""
 
 from dataclasses import dataclass
 

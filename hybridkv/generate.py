@@ -5,7 +5,7 @@ Without arguments it shows a bundled demo: a small trained model, a picture, and
 examples:
   the bundled demos, and one of them:
     python -m hybridkv.generate --list-demos
-    python -m hybridkv.generate --demo describe --budget 0.2
+    python -m hybridkv.generate --demo chain --budget 0.2
   one picture, a tenth of the cache:
     python -m hybridkv.generate --model Qwen/Qwen2.5-VL-3B-Instruct --image street.jpg --prompt "What is written here?"
   the same beside the full cache:

@@ -2,6 +2,7 @@
 against the tokenizer."""
 
 import hashlib
+import json
 from collections import Counter
 
 import numpy as np
@@ -128,7 +129,7 @@ def processor(tmp_path_factory) -> Processor:
     from demo.tiny_vlm import save_processing
 
     folder = tmp_path_factory.mktemp("boards")
-    (folder / "config.json").write_text(__import__("json").dumps(config(2, 4, 2, 64, 64)))
+    (folder / "config.json").write_text(json.dumps(config(2, 4, 2, 64, 64)))
     save_processing(folder, VOCABULARY, WORD)
     return Processor.from_pretrained(folder)
 

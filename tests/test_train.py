@@ -162,8 +162,8 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
     assert "python -m demo.evaluate" in capsys.readouterr().out
 
 
-def test_a_batch_is_learned(trainee):
-    """Forty steps on one batch: the loss of its answers falls below a tenth, with every piece in place."""
+def test_a_batch_is_learned():
+    """Sixty steps on one batch: the loss of its answers falls below a tenth, with every piece in place."""
     torch.manual_seed(0)
     student = Trainee(config(**TINY))
     optimizers = train.optimizers(student)
