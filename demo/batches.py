@@ -17,7 +17,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 # How often each task is asked of one board, of several boards, and of two boards to compare.
-SINGLE = {"lookup": 2, "lookups": 1, "colour": 1, "right": 2, "down": 2, "chain": 3, "describe": 1}
+SINGLE = {"lookup": 1, "lookups": 1, "colour": 1, "right": 2, "down": 2, "chain": 2, "describe": 2}
 SEVERAL = {"which": 4, "lookup": 2, "chain": 2, "right": 1, "down": 1}
 COMPARED = {"compare": 2, "changed": 1}
 
@@ -47,6 +47,8 @@ class Batch:
     question: Tensor  # (B, T) number of the question; -1 is padding
     position: Tensor  # (B, T) from the end of the prefix on
     task: Tensor  # (B, T) index into TASKS
+    evidence: Tensor  # (B, T) place in the prefix of the cell that the next token is read from; -1: from none
+    reads: Tensor  # (B, T) what is read there, index into READS
 
     def to(self, device: str) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -60,7 +62,7 @@ def patchify(pixels: np.ndarray) -> Tensor:
     return x.expand(-1, -1, 2, -1).flatten(1)
 
 
-def cell_targets(board: bd.Board) -> dict[str, np.ndarray]:
+def cell_targets(board: bd.Board, number: int = 0) -> dict[str, np.ndarray]:
     """What can be read off every cell and its neighbours: (R * C, parts) integers, parts of a key being two glyphs."""
 
     def glyphs(keys: np.ndarray) -> np.ndarray:
@@ -75,21 +77,47 @@ def cell_targets(board: bd.Board) -> dict[str, np.ndarray]:
         "right": glyphs(right),
         "down": glyphs(down),
         "colour": np.where(board.keys == bd.NONE, -100, board.colours).reshape(-1, 1),
+        "board": np.full((board.keys.size, 1), number),
     }
+
+
+READS = ("value", "right", "down", "paper")  # of the last kind are a cell's colour and its board's number
+
+
+def evidence_of(question: bd.Question) -> list[tuple[bd.Cell, int] | None]:
+    """For each token of the answer, and the end of the turn, the cell it is read from, and an index into READS.
+
+    None: the token can be had from the text.
+    """
+    cells, task = question.evidence, question.task
+    if task == "describe":
+        read = [None, *((cell, kind) for cell in cells for kind in (3, 0, 1))]
+    elif task == "lookups":
+        read = [each for cell in cells for each in (None, (cell, 0))]
+    else:  # the key that was asked for, then what its cell says; in a run or a chain each cell names the next
+        kind = {"right": 1, "down": 2, "colour": 3, "which": 3}.get(task, 0)
+        read = [(cells[1], 3) if task == "changed" else None, *((cell, kind) for cell in cells)]
+    return [*read, None]
 
 
 def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[str, float], room: int) -> Batch:
     """`size` samples of one scene, each with questions until `room` tokens are filled."""
     names, weights = list(tasks), np.array(list(tasks.values()), dtype=float)
     weights /= weights.sum()
+    prefix = list(BEFORE)
+    for n in range(scene.n):
+        prefix += encode(f"Picture {n + 1}: <|vision_start|>")
+        prefix += [IMAGE] * (scene.rows * scene.cols) + encode("<|vision_end|>")
+    prefix = torch.tensor(prefix)
+    place = rearrange((prefix == IMAGE).nonzero()[:, 0], "(n r c) -> n r c", n=scene.n, r=scene.rows)
     pixels, cells = [], []
     ids, labels = torch.full((size, room), END_OF_TURN), torch.full((size, room), -100)
     question, position = torch.full((size, room), -1), torch.zeros(size, room, dtype=torch.long)
-    task = torch.zeros_like(position)
+    task, evidence, reads = torch.zeros_like(position), torch.full((size, room), -1), torch.zeros_like(position)
     for b in range(size):
         boards = bd.make_boards(rng, scene.n, scene.rows, scene.cols, scene.compare)
         pixels += [patchify(bd.draw(rng, board)) for board in boards]
-        cells += [cell_targets(board) for board in boards]
+        cells += [cell_targets(board, i) for i, board in enumerate(boards)]
         at = number = 0
         while True:
             kind = names[rng.choice(len(names), p=weights)]
@@ -102,20 +130,23 @@ def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[st
                 continue  # an answer longer than the room: another question
             ids[b, at : at + length] = torch.tensor(ask + answer)
             labels[b, at + len(ask) - 1 : at + length - 1] = torch.tensor(answer)
+            for i, read in enumerate(evidence_of(asked), at + len(ask) - 1):
+                if read:
+                    evidence[b, i], reads[b, i] = place[read[0]], read[1]
             question[b, at : at + length] = number
             position[b, at : at + length] = torch.arange(length)
             task[b, at : at + length] = bd.TASKS.index(kind)
             at, number = at + length, number + 1
-    tokens = scene.rows * scene.cols
-    picture = encode("<|vision_start|>") + [IMAGE] * tokens + encode("<|vision_end|>")
     return Batch(
         patches=torch.cat(pixels),
         grids=[(1, 2 * scene.rows, 2 * scene.cols)] * (size * scene.n),
-        prefix=torch.tensor(BEFORE + picture * scene.n),
+        prefix=prefix,
         cells={k: torch.from_numpy(np.concatenate([c[k] for c in cells])) for k in cells[0]},
         ids=ids,
         labels=labels,
         question=question,
         position=position,
         task=task,
+        evidence=evidence,
+        reads=reads,
     )

@@ -24,12 +24,14 @@ BYTES = 256
 
 CHAT_TEMPLATE = """\
 {%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
+{%- set pictures = namespace(n=0) %}
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string %}{{ message.content }}
 {%- else %}
 {%- for part in message.content %}
-{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- if part.type == 'image' %}{% set pictures.n = pictures.n + 1 %}
+{%- if add_vision_id %}{{ 'Picture ' ~ pictures.n ~ ': ' }}{% endif %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
 {%- elif part.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
 {%- else %}{{ part.text }}{% endif %}
 {%- endfor %}
@@ -96,12 +98,15 @@ def config(
     }
 
 
-def save_processing(folder: Path, vocabulary: Sequence[str] = (), pattern: str = "") -> None:
+def save_processing(
+    folder: Path, vocabulary: Sequence[str] = (), pattern: str = "", template: str = CHAT_TEMPLATE
+) -> None:
     """Writes a byte-level tokenizer with Qwen2.5-VL's special tokens and chat format, and an image processor's file.
 
     Args:
         vocabulary: all tokens in order, special ones last; empty for the bytes alone.
         pattern: regular expression of the pieces that may be one token; empty for bytes alone.
+        template: of the chat.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +119,7 @@ def save_processing(folder: Path, vocabulary: Sequence[str] = (), pattern: str =
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template
     )
     fast.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(

@@ -28,7 +28,7 @@ from demo import boards as bd
 from demo.batches import COMPARED, SEVERAL, SINGLE, Batch, Scene, make_batch
 from demo.evaluate import evaluate, exact
 from demo.muon import Muon
-from demo.tiny_vlm import save_processing
+from demo.tiny_vlm import CHAT_TEMPLATE, save_processing
 from demo.trainee import SIZES, Trainee, config
 from demo.vocabulary import VOCABULARY, WORD
 
@@ -55,37 +55,29 @@ class Stage:
     high: int
     cells: int
     room: int
-    several: float = 0.0
-    compared: float = 0.0
-    probe: float = 0.5
+    several: float = 0.15
+    compared: float = 0.1
+    probe: float = 0.7
     largest: int = 0
     lr: tuple[float, float] = (1.0, 1.0)
     vision: float = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
-    skip: tuple[str, ...] = ()
 
 
-FIRST = {"lookup": 1, "chain": 2}
-EACH = {"lookup": 1, "lookups": 2, "colour": 3, "right": 3, "down": 3, "chain": 2, "describe": 2}
-POINTERS = {"lookup": 2, "lookups": 1, "chain": 4}
-LATER = ("right", "down", "changed")  # what these stages leave out of questions about several boards
 STAGES = [
-    Stage("glyphs", 250, 6, 10, cells=2400, room=0, probe=1.0),
-    Stage("neighbours", 250, 6, 12, cells=2400, room=0, probe=1.0, lr=(1.0, 0.3)),
-    Stage("first", 150, 2, 3, cells=240, room=56, tasks=FIRST, vision=0.1),
-    Stage("tasks", 300, 3, 6, cells=480, room=96, several=0.2, compared=0.2, vision=0.1, lr=(1.0, 0.6)),
-    Stage("small", 250, 4, 12, cells=800, room=160, several=0.2, compared=0.15, vision=0.1, lr=(0.6, 0.5)),
-    Stage("each", 100, 2, 3, cells=300, room=72, several=0.15, compared=0.2, vision=0.1, tasks=EACH),
-    Stage("far", 300, 4, 14, 900, 160, 0.15, 0.1, vision=0.1, lr=(0.7, 0.5), tasks=POINTERS, skip=LATER),
-    Stage("middle", 220, 8, 28, 1800, 224, 0.15, 0.1, vision=0.1, lr=(0.5, 0.5), tasks=POINTERS, skip=LATER),
-    Stage(
-        "large", 210, 10, 64, 2600, 256, 0.15, 0.1, largest=4096, vision=0.1, lr=(0.5, 0.02), tasks=POINTERS, skip=LATER
-    ),
-    Stage("longer", 140, 16, 48, 2800, 288, 0.1, 0.05, vision=0.1, lr=(0.3, 0.01), tasks=POINTERS, skip=LATER),
+    Stage("glyphs", 250, 6, 10, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0),
+    Stage("neighbours", 250, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.3)),
+    Stage("both", 170, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.1)),
+    Stage("first", 300, 2, 4, cells=240, room=112, vision=0.1),
+    Stage("tasks", 300, 3, 8, cells=480, room=128, vision=0.1, lr=(1.0, 0.7)),
+    Stage("small", 300, 4, 14, cells=900, room=176, vision=0.1, lr=(0.7, 0.5)),
+    Stage("middle", 300, 8, 28, cells=1800, room=224, vision=0.1, lr=(0.5, 0.5)),
+    Stage("large", 350, 10, 64, cells=2600, room=256, largest=4096, vision=0.1, lr=(0.5, 0.01)),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
 SAVE_EVERY, VALIDATE_EVERY = 50, 100
+LARGEST_BATCH = 32  # samples: prompts of tiny boards are mostly template
 
 
 def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str, float]]:
@@ -99,7 +91,7 @@ def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str,
         else:
             scene, tasks = Scene(rows, cols), stage.tasks
         if scene.cells <= max(stage.cells, stage.largest):
-            return scene, {task: weight for task, weight in tasks.items() if task not in stage.skip}
+            return scene, tasks
 
 
 def optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
@@ -162,7 +154,8 @@ def train(folder: Path, size: str, device: str) -> Trainee:
         began = time.perf_counter()
         rng = bd.rng_for("train", at)
         scene, tasks = draw_scene(rng, stage)
-        batch = make_batch(rng, scene, max(1, stage.cells // scene.cells), tasks, max(stage.room, 24)).to(device)
+        size = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)
+        batch = make_batch(rng, scene, size, tasks, max(stage.room, 24)).to(device)
         loss, probes, logits = step(trainee, opts, batch, stage, done)
         at, seconds = at + 1, seconds + time.perf_counter() - began
         row = {"step": at, "stage": stage.name, "seconds": round(seconds, 1), **asdict(scene), "loss": round(loss, 4)}
@@ -221,7 +214,7 @@ def export(trainee: Trainee, raw: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     save_file(trainee.export(), folder / "model.safetensors", metadata={"format": "pt"})
-    save_processing(folder, VOCABULARY, WORD)
+    save_processing(folder, VOCABULARY, WORD, "{%- set add_vision_id = true %}" + CHAT_TEMPLATE)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The model in training: what inference runs, with factored key tables and auxiliary heads that export leaves out."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,12 +9,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from demo import boards as bd
-from demo.batches import END_OF_TURN, IMAGE, Batch
-from demo.vocabulary import KEY_TOKENS, VOCABULARY, token_id
+from demo.batches import END_OF_TURN, IMAGE, READS, Batch
+from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode, token_id
 from model.config import parse_config
 from model.decoder import Model
 from model.rope import prompt_positions
 
+RETRIEVES = 3  # the layer whose heads, one of each group, are told where the evidence lies
 SIZES = {  # hidden_size is heads x 32, as transformers wants it
     "small": dict(layers=8, heads=8, kv_heads=4, mlp=384, vision=128),  # 12 MB in bf16
     "large": dict(layers=8, heads=12, kv_heads=4, mlp=512, vision=160),
@@ -64,28 +66,27 @@ def config(layers: int, heads: int, kv_heads: int, mlp: int, vision: int) -> dic
     }
 
 
-class GlyphTable(nn.Module):
-    """(49, C) rows for a key's first and for its second glyph; the last row stands for no glyph."""
+(END,) = encode(f" {bd.END}")
+BOARDS = encode(" 1 2 3 4")
+COLOURS = encode(" " + " ".join(bd.COLOURS))
+
+
+class KeyTable(nn.Module):
+    """(vocab, C) weights in which a key token is the sum of its two glyphs' rows, and `end` of the two empty rows."""
 
     def __init__(self, width: int, std: float = 0.1):
         super().__init__()
         self.first, self.second = (nn.Parameter(torch.randn(len(bd.GLYPHS) + 1, width) * std) for _ in range(2))
+        self.rest = nn.Parameter(torch.randn(len(VOCABULARY), width) * std)
 
     def glyph_logits(self, x: Tensor) -> Tensor:
-        """How well the rows of the first and the second glyph fit: (M, C) to (M, 2, 49)."""
+        """How well the rows of the first and the second glyph (the last: of none) fit: (M, C) to (M, 2, 49)."""
         return torch.stack([x @ self.first.T, x @ self.second.T], 1)
-
-
-class KeyTable(GlyphTable):
-    """(vocab, C) weights in which a key token is the sum of its two glyphs' rows."""
-
-    def __init__(self, width: int, std: float = 0.1):
-        super().__init__(width, std)
-        self.rest = nn.Parameter(torch.randn(len(VOCABULARY), width) * std)
 
     def table(self) -> Tensor:
         keys = rearrange(self.first[:-1, None] + self.second[:-1], "a b c -> (a b) c")
-        return torch.cat([self.rest[: KEY_TOKENS.start], keys, self.rest[KEY_TOKENS.stop :]])
+        table = torch.cat([self.rest[: KEY_TOKENS.start], keys, self.rest[KEY_TOKENS.stop :]])
+        return table.index_copy(0, torch.tensor([END], device=table.device), (self.first[-1:] + self.second[-1:]))
 
 
 class Trainee(nn.Module):
@@ -97,8 +98,7 @@ class Trainee(nn.Module):
         width = self.model.cfg.hidden_size
         self.embed, self.head = KeyTable(width), KeyTable(width)
         del self.model.embed_tokens, self.model.lm_head
-        self.right, self.down = GlyphTable(width), GlyphTable(width)
-        self.colour = nn.Linear(width, len(bd.COLOURS))
+        self.right, self.down = (nn.Linear(width, width, bias=False) for _ in range(2))
         for name, p in self.model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "attn.proj.weight")):
                 nn.init.zeros_(p)  # every block starts as the identity
@@ -106,22 +106,44 @@ class Trainee(nn.Module):
     def see(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Visual embeddings (B * n * R * C, C) and the auxiliary losses.
 
-        A cell's own key is read off with the rows of the input embeddings, its pointer with those of the output head:
-        pictures come in the code that text already has.
+        A cell's own key is read off with the rows of the input embeddings, its pointer and colour with those of the
+        output head, its neighbours with the latter through a matrix each: pictures come in the code that text already
+        has, and what is to be said of a cell is one matrix away from it.
         """
         seen = self.model.visual(batch.patches, batch.grids)
-        named = {"key": self.embed, "value": self.head, "right": self.right, "down": self.down}
-        losses = {
-            kind: F.cross_entropy(table.glyph_logits(seen).flatten(0, 1), batch.cells[kind].flatten())
-            for kind, table in named.items()
+        glyphs = {
+            "key": self.embed.glyph_logits(seen),
+            "value": self.head.glyph_logits(seen),
+            "right": self.head.glyph_logits(self.right(seen)),
+            "down": self.head.glyph_logits(self.down(seen)),
         }
-        losses["colour"] = F.cross_entropy(self.colour(seen), batch.cells["colour"][:, 0])
+        losses = {k: F.cross_entropy(v.flatten(0, 1), batch.cells[k].flatten()) for k, v in glyphs.items()}
+        losses["colour"] = F.cross_entropy(seen @ self.head.rest[COLOURS].T, batch.cells["colour"][:, 0])
         return seen, losses
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (M, vocab) at the M labelled tokens, and the auxiliary losses."""
         seen, losses = self.see(batch)
-        return F.linear(answer_states(self.model, self.embed.table(), seen, batch), self.head.table()), losses
+
+        def watch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> None:
+            losses["evidence"] = surprise(q, k, mask, batch.evidence, batch.reads)
+            losses.update(self.readings(v[:, :, : len(batch.prefix)][:, :, batch.prefix == IMAGE], batch))
+
+        states = answer_states(self.model, self.embed.table(), seen, batch, watch)
+        return F.linear(states, self.head.table()), losses
+
+    def readings(self, v: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Losses of what each retrieving head would say if it looked at one cell alone: v (B, H, cells, D)."""
+        out = self.model.layers[RETRIEVES].self_attn.o_proj.weight  # (C, Hq * D)
+        out = rearrange(out, "c (h g d) -> g h d c", h=v.shape[1], d=v.shape[3])[0]
+        said = dict(zip(READS, rearrange(v @ out, "b h n c -> h (b n) c"), strict=True))
+        losses = {}
+        for kind in ("value", "right", "down"):
+            logits = self.head.glyph_logits(said[kind])
+            losses[f"say {kind}"] = F.cross_entropy(logits.flatten(0, 1), batch.cells[kind].flatten())
+        for kind, words in (("colour", COLOURS), ("board", BOARDS)):
+            losses[f"say {kind}"] = F.cross_entropy(said["paper"] @ self.head.rest[words].T, batch.cells[kind][:, 0])
+        return losses
 
     def export(self) -> dict[str, Tensor]:
         """Published names to bf16 tensors."""
@@ -131,12 +153,15 @@ class Trainee(nn.Module):
         return {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in published.items()}
 
 
-def answer_states(model: Model, table: Tensor, seen: Tensor, batch: Batch) -> Tensor:
+def answer_states(
+    model: Model, table: Tensor, seen: Tensor, batch: Batch, watch: Callable[..., None] | None = None
+) -> Tensor:
     """Hidden states (M, C) at the M labelled tokens.
 
     Args:
         table: (vocab, C) input embeddings.
         seen: (B * n * R * C, C) visual embeddings.
+        watch: called in layer RETRIEVES with the questions' q, all k and v, and the questions' mask.
     """
     size, prefix = len(batch.ids), len(batch.prefix)
     ids = torch.cat([batch.prefix.expand(size, -1), batch.ids], 1)
@@ -150,9 +175,30 @@ def answer_states(model: Model, table: Tensor, seen: Tensor, batch: Batch) -> Te
     own = batch.question[:, :, None] == batch.question[:, None]
     own &= torch.ones_like(own[0]).tril()
     mask = torch.cat([own.new_ones(*own.shape[:2], prefix), own], 2)[:, None]  # (B, 1, T, P + T)
-    kv = partial(attend, prefix=prefix, mask=mask)
-    hidden = model(x, positions, [kv] * len(model.layers))[:, prefix:]
+    kv = [partial(attend, prefix=prefix, mask=mask)] * len(model.layers)
+    if watch:
+
+        def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            watch(q[:, :, prefix:], k, v, mask)
+            return attend(q, k, v, prefix, mask)
+
+        kv[RETRIEVES] = watched
+    hidden = model(x, positions, kv)[:, prefix:]
     return hidden[batch.labels >= 0]
+
+
+def surprise(q: Tensor, k: Tensor, mask: Tensor, evidence: Tensor, reads: Tensor) -> Tensor:
+    """Mean negative log attention on the evidence, of the first head of the group that is to read it.
+
+    Args:
+        q: (B, Hq, T, D). k: (B, H, S, D). mask: (B, 1, T, S) bool.
+        evidence: (B, T) the column to look at; -1: any. reads: (B, T) the group.
+    """
+    first = q[:, :: q.shape[1] // k.shape[1]]
+    logits = (first @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
+    b, t = (evidence >= 0).nonzero(as_tuple=True)
+    logits = logits[b, reads[b, t], t]  # (M, S)
+    return F.cross_entropy(logits, evidence[b, t])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: int, mask: Tensor) -> Tensor:

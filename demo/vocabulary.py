@@ -12,7 +12,7 @@ QUESTIONS = (
     "Where does point? Where do What colour is Which board has Compare What changed? Follow Read right from Read down "
     "Describe the row"
 )
-PLAIN = "system user assistant You are a helpful assistant. \n"
+PLAIN = "system user assistant You are a helpful assistant. \n Picture"
 
 
 def _words() -> list[str]:
