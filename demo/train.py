@@ -154,8 +154,8 @@ def train(folder: Path, size: str, device: str) -> Trainee:
         began = time.perf_counter()
         rng = bd.rng_for("train", at)
         scene, tasks = draw_scene(rng, stage)
-        size = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)
-        batch = make_batch(rng, scene, size, tasks, max(stage.room, 24)).to(device)
+        samples = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)
+        batch = make_batch(rng, scene, samples, tasks, max(stage.room, 24)).to(device)
         loss, probes, logits = step(trainee, opts, batch, stage, done)
         at, seconds = at + 1, seconds + time.perf_counter() - began
         row = {"step": at, "stage": stage.name, "seconds": round(seconds, 1), **asdict(scene), "loss": round(loss, 4)}
