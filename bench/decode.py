@@ -56,7 +56,7 @@ def random_prefill(model: Model, tokens: int, config: HybridConfig) -> Prefill:
     for _ in range(cfg.num_hidden_layers):
         k, v = torch.randn(2, cfg.num_key_value_heads, tokens, cfg.head_dim, device=model.device, dtype=model.dtype)
         score, (mass, overlap) = torch.rand(k.shape[:2], device=k.device), torch.rand(2, len(k), device=k.device)
-        prefill.layers.append(LayerProfile(k, v, score, score, mass, overlap))
+        prefill.layers.append(LayerProfile(k, v, score, score, mass, mass, overlap))
     return prefill
 
 

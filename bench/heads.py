@@ -3,9 +3,9 @@
     python -m bench.heads --model demo --task chain
 
 All heads are dynamic, but one, which is pruned to the same number of pages by what the prompt's text attends to. The KL
-to the full cache that this adds is the head's *need*. Beside it stand the classifier's mean rank of the head, and how
-well the two agree: Spearman's correlation, and the share of the total need that falls on the half of the heads which
-the classifier would make dynamic (half, on average, if it knew nothing).
+to the full cache that this adds is the head's *need*. Beside it stand the mean ranks that the classifiers give the head,
+and how well they agree with it: Spearman's correlation, and the share of the total need that falls on the half of the
+heads which the classifier would make dynamic (half, on average, if it knew nothing).
 """
 
 import argparse
@@ -33,26 +33,30 @@ def spare(kept: tuple[int, int] | None, prefill: Prefill) -> Plan:
     return budgeted_plan(prefill, dynamic, static_scores(prefill))
 
 
-def measure(lab: Lab, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray, float]:
-    """Need (layers, H) in nats a token, mean movement rank (layers, H), and KL with all heads dynamic."""
+def measure(lab: Lab, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+    """Need (layers, H) in nats a token, each classifier's mean rank (layers, H), and KL with all heads dynamic."""
     layers, heads = lab.model.cfg.num_hidden_layers, lab.model.cfg.num_key_value_heads
     config = replace(parse_variant(args.variant).config, budget=args.budget)
     every = [None, *np.ndindex(layers, heads)]
     variants = [Variant(str(kept), partial(spare, kept), config) for kept in every]
     kl: list[list[float]] = [[] for _ in every]
-    moved = []
+    moved: dict[str, list[torch.Tensor]] = {"ranks": [], "peaks": []}
     starts = range(0, args.samples, args.batch)
     with tqdm(total=len(every) * len(starts), desc=f"{args.task} {args.tokens}", leave=False, disable=None) as bar:
         for start in starts:
             indices = range(start, min(start + args.batch, args.samples))
             cases = [make_case(lab.processor, args.task, args.tokens, i) for i in indices]
-            moved += [movement(*text_attention(prefill)) for prefill in lab.read(cases, config).prefills]
+            for prefill in lab.read(cases, config).prefills:
+                mass, peak, overlap = text_attention(prefill)
+                moved["ranks"].append(movement(mass, overlap))
+                moved["peaks"].append(movement(peak, overlap))
             for into, (_, rows) in zip(kl, lab.measure(cases, variants), strict=True):
                 into += [row["kl"] for row in rows]
                 bar.update()
     mean = np.array([np.mean(values) for values in kl])
     need = (mean[1:] - mean[0]).reshape(layers, heads)
-    return need, torch.stack(moved).double().mean(0).numpy(), float(mean[0])
+    ranks = {name: torch.stack(each).double().mean(0).numpy() for name, each in moved.items()}
+    return need, ranks, float(mean[0])
 
 
 def agreement(need: np.ndarray, rank: np.ndarray) -> tuple[float, float]:
@@ -63,17 +67,18 @@ def agreement(need: np.ndarray, rank: np.ndarray) -> tuple[float, float]:
     return float(np.corrcoef(a, b)[0, 1]), float(positive[upper].sum() / max(positive.sum(), 1e-12))
 
 
-def plot(need: np.ndarray, rank: np.ndarray, title: str, file: Path) -> None:
+def plot(need: np.ndarray, ranks: dict[str, np.ndarray], title: str, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 0.45 * len(need) + 1.6))
-    for axis, values, label in ((axes[0], need, "need: KL without its retrieval"), (axes[1], rank, "movement rank")):
-        shown = axis.imshow(values, aspect="auto", cmap="viridis")
+    shown = {"need: KL without its retrieval": need} | {f"rank by {name}": rank for name, rank in ranks.items()}
+    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 0.45 * len(need) + 1.6))
+    for axis, (label, values) in zip(axes, shown.items(), strict=True):
+        image = axis.imshow(values, aspect="auto", cmap="viridis")
         axis.set(title=label, xlabel="KV head", ylabel="layer")
-        figure.colorbar(shown, ax=axis)
+        figure.colorbar(image, ax=axis)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -92,17 +97,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="one JSON object")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    need, rank, base = measure(load_lab(args.model, args.device), args)
-    correlation, covered = agreement(need, rank)
+    need, ranks, base = measure(load_lab(args.model, args.device), args)
     print(f"KL with every head dynamic: {base:.4f}\nneed of each head (layers down, KV heads across):")
     print("\n".join("  ".join(f"{x:8.4f}" for x in row) for row in need))
-    print(f"Spearman {correlation:.2f}; the classifier's dynamic half covers {covered:.0%} of the need")
+    row = {**vars(args), "need": need.tolist(), "base_kl": base, "classifiers": {}}
+    for name, rank in ranks.items():
+        correlation, covered = agreement(need, rank)
+        print(f"{name}: Spearman {correlation:.2f}; its dynamic half covers {covered:.0%} of the need")
+        row["classifiers"][name] = {"rank": rank.tolist(), "spearman": correlation, "covered": covered}
     if args.out:
-        row = {**vars(args), "need": need.tolist(), "movement": rank.tolist(), "base_kl": base}
-        row |= {"spearman": correlation, "covered": covered}
         args.out.write_text(json.dumps(row, default=str) + "\n")
     if args.plot:
-        plot(need, rank, f"{args.model}, {args.task}, {args.tokens} tokens, budget {args.budget:g}", args.plot)
+        plot(need, ranks, f"{args.model}, {args.task}, {args.tokens} tokens, budget {args.budget:g}", args.plot)
 
 
 if __name__ == "__main__":

@@ -64,15 +64,16 @@ class Stage:
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
 
 
+HARDER = {"lookup": 1, "lookups": 2, "colour": 1, "right": 2, "down": 2, "chain": 2, "describe": 3}
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0),
     Stage("neighbours", 250, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.3)),
     Stage("both", 170, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.1)),
     Stage("first", 300, 2, 4, cells=240, room=112, vision=0.1),
     Stage("tasks", 300, 3, 8, cells=480, room=128, vision=0.1, lr=(1.0, 0.7)),
-    Stage("small", 300, 4, 14, cells=900, room=176, vision=0.1, lr=(0.7, 0.5)),
-    Stage("middle", 300, 8, 28, cells=1800, room=224, vision=0.1, lr=(0.5, 0.5)),
-    Stage("large", 350, 10, 64, cells=2600, room=256, largest=4096, vision=0.1, lr=(0.5, 0.01)),
+    Stage("small", 300, 4, 14, 900, 176, several=0.2, compared=0.2, vision=0.1, lr=(0.7, 0.5), tasks=HARDER),
+    Stage("middle", 300, 8, 28, 1800, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.5, 0.3), tasks=HARDER),
+    Stage("large", 350, 10, 64, 2600, 256, largest=4096, vision=0.1, lr=(0.3, 0.01), tasks=HARDER),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20

@@ -22,7 +22,7 @@ from hybridkv.pack import lane_tokens, place
 from hybridkv.pages import Capacity
 from hybridkv.plan import Costs, Plan, full_bytes
 from hybridkv.profile import Prefill
-from hybridkv.retrieve import KeyBounds, KeySketch, select
+from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, select
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class HybridCache(nn.Module):
         for layer in range(lanes[0]):
             self.register_buffer(f"layer{layer}", torch.tensor(layer, device=key.device), persistent=False)
         buffer("next_page", 2)  # the first free page of the store, and of the rest
-        summary = KeySketch if config.retrieval == "sketch" else KeyBounds
-        self.summary = summary(capacity.n_store, capacity.rows, self.page_size, dim, config.rank(dim), key)
+        summary = {"sketch": KeySketch, "bound": KeyBounds, "exact": ExactKeys}[config.retrieval]
+        self.summary = summary(capacity.n_store, capacity.rows, dim, config, key)
         self._loaded: list[Plan] = []
         self._prompt_pages = (0, 0)
 
@@ -229,7 +229,7 @@ class HybridCache(nn.Module):
         def pages(count: list[int]) -> int:
             return count[0] * (costs.page + costs.summary) + count[1] * costs.page
 
-        pooled = ("keys", "values", "summary.sketch", "summary.low", "summary.high")
+        pooled = ("keys", "values", "summary.sketch", "summary.low", "summary.high", "summary.keys")
         tables = sum(t.nbytes for name, t in self.named_buffers() if name not in pooled)
         null_page = costs.page + costs.summary
         lanes = self.n_fixed.shape[0] * self.heads

@@ -31,7 +31,7 @@ def classify(context_mass: Tensor, overlap: Tensor, config: HybridConfig) -> Ten
     """Which KV heads are dynamic.
 
     Args:
-        context_mass, overlap: (layers, H), from the prompt's profile.
+        context_mass, overlap: (layers, H), from the prompt's profile; the mass is the window's mean, or its peak.
         config: `classifier` chooses the ranking, `dynamic_share` how many of its last heads are dynamic.
 
     Returns:
@@ -44,7 +44,7 @@ def classify(context_mass: Tensor, overlap: Tensor, config: HybridConfig) -> Ten
     match config.classifier:
         case "threshold":
             return settled_share(context_mass, overlap) < config.threshold
-        case "ranks":
+        case "ranks" | "peaks":
             order = movement(context_mass, overlap)
         case "reversed":
             order = -movement(context_mass, overlap)

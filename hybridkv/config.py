@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 CHOICES = {
-    "classifier": ("ranks", "threshold", "profile", "random", "reversed"),
+    "classifier": ("ranks", "peaks", "threshold", "profile", "random", "reversed"),
     "head_weight": ("uniform", "context"),
-    "retrieval": ("sketch", "bound"),
+    "retrieval": ("sketch", "bound", "exact"),
+    "group": ("mean", "max"),
     "score": ("max", "mean"),
 }
 
@@ -20,8 +21,9 @@ class HybridConfig:
         strict: what happens if the budget can't hold what must be kept, as with short prompts: True raises
             `BudgetError`, False keeps what must be kept and no more.
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
-        classifier: how heads are told apart: `ranks` (of context mass and movement), `threshold` (the paper's fixed
-            one), `profile` (an offline head profile); `random` and `reversed` are there to be beaten.
+        classifier: how heads are told apart: `ranks` (of context mass and movement), `peaks` (the same with the largest
+            mass of any window query for the mean), `threshold` (the paper's fixed one), `profile` (an offline head
+            profile); `random` and `reversed` are there to be beaten.
         dynamic_share: share of KV heads, over all layers, that are dynamic; `threshold` does not look at it.
         threshold: a head is static when at least this share of its attention is settled once the prompt is read (see
             `classify.settled_share`). The paper's is 0.9.
@@ -29,7 +31,9 @@ class HybridConfig:
         dynamic_weight: pages of a dynamic head for each page of a static head (the paper's coefficient between types).
         head_weight: a head's claim within its type: `uniform`, or `context`, in proportion to the share of its
             attention that falls on the context, at least CONTEXT_FLOOR.
-        retrieval: how chunks are summed up for scoring: `sketch` or `bound` (see `retrieve`).
+        retrieval: how chunks are summed up for scoring: `sketch`, `bound`, or `exact`, an oracle that scores with the
+            keys themselves and is charged what the sketch would cost (see `retrieve`).
+        group: how a KV head's query heads agree on a chunk: `mean` or `max` of the shares they would give it.
         tiles: a picture's chunks are tiles, 4 x 4 tokens for a page of 16, instead of runs of its raster lines.
         sketch_rank: dimensions of the int8 key sketch; None takes a quarter of head_dim.
         window: the prompt's last text queries that the profile looks at.
@@ -51,6 +55,7 @@ class HybridConfig:
     dynamic_weight: float = 1.0
     head_weight: str = "uniform"
     retrieval: str = "sketch"
+    group: str = "mean"
     tiles: bool = False
     sketch_rank: int | None = None
     window: int = 32

@@ -143,17 +143,18 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     Raises:
         BudgetError: see `budgeted_plan`.
     """
-    mass, overlap = text_attention(prefill)
+    mass, peak, overlap = text_attention(prefill)
+    looked = peak if prefill.config.classifier == "peaks" else mass
     weight = None
     if prefill.config.head_weight == "context":
         weight = mass.clamp(min=CONTEXT_FLOOR)
-    return budgeted_plan(prefill, classify(mass, overlap, prefill.config), static_scores(prefill), weight)
+    return budgeted_plan(prefill, classify(looked, overlap, prefill.config), static_scores(prefill), weight)
 
 
-def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor]:
-    """What the prompt's profile says of every head: its context mass and its overlap, (layers, H) on the CPU."""
-    mass, overlap = zip(*((layer.context_mass, layer.overlap) for layer in prefill.layers), strict=True)
-    return torch.stack(mass).cpu(), torch.stack(overlap).cpu()
+def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor, Tensor]:
+    """What the prompt's profile says of every head: mean and peak context mass, and overlap, (layers, H) on the CPU."""
+    names = ("context_mass", "peak_mass", "overlap")
+    return tuple(torch.stack([getattr(layer, name) for layer in prefill.layers]).cpu() for name in names)
 
 
 def neighbourhood_scores(prefill: Prefill, reduce: str) -> list[Tensor]:

@@ -1,12 +1,13 @@
 """Chunk-wise retrieval: which chunks of a dynamic head the current query needs.
 
-Scoring every chunk with its exact keys would read half the cache, so each chunk has a small summary. Two kinds:
+Scoring every chunk with its exact keys would read half the cache, so each chunk has a small summary. Three kinds:
 
 - `KeySketch`, ours: a low-rank int8 copy of the keys, their coordinates in the head's own principal directions. It is
   stored page by page as (rank, page_size), so that one fused pass scores 16 neighbouring tokens per vector instruction.
 - `KeyBounds`, of Quest (arXiv 2406.10774): the smallest and largest value of each key dimension in the chunk.
+- `ExactKeys`, an oracle for measurements: the keys themselves.
 
-Both score with one pointwise pass and one reduction, in the graph of the decoding step. Lanes without a summary have
+All score with one pointwise pass and one reduction, in the graph of the decoding step. Lanes without a summary have
 row 0, and what they would append goes to page 0, which is nobody's.
 """
 
@@ -16,6 +17,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from hybridkv.config import HybridConfig
 from hybridkv.prune import Span
 
 
@@ -66,10 +68,13 @@ def encode(k: Tensor, basis: Tensor, offset: Tensor, step: Tensor) -> Tensor:
     return ((z - offset[:, None]) / step[:, None]).round().clamp(-127, 127).to(torch.int8)
 
 
-def sketch_scores(q: Tensor, sketch: Tensor, chunks: Tensor, n_chunks: Tensor, basis: Tensor, step: Tensor) -> Tensor:
+def sketch_scores(
+    q: Tensor, sketch: Tensor, chunks: Tensor, n_chunks: Tensor, basis: Tensor, step: Tensor, group: str = "mean"
+) -> Tensor:
     """How much of its attention each lane's query group would give to each of its chunks, by the sketch.
 
-    A chunk's weight is the sum of its tokens' exponentiated scores, normalised over chunks, averaged over the group.
+    A chunk's weight is the sum of its tokens' exponentiated scores, normalised over chunks, then the group's `mean` or
+    `max`.
     (The sketch's offset adds the same number to every token of a lane and drops out.)
 
     Args:
@@ -82,10 +87,12 @@ def sketch_scores(q: Tensor, sketch: Tensor, chunks: Tensor, n_chunks: Tensor, b
     projected = einsum(q.float(), basis.float(), "l g d, l d r -> l g r") * step[:, None] * q.shape[-1] ** -0.5
     z = sketch[chunks][:, None]  # (L, 1, C, rank, page_size)
     token = (projected[:, :, None, :, None] * z).sum(-2)  # (L, G, C, page_size)
-    return chunk_mass(token.logsumexp(-1), n_chunks)
+    return chunk_mass(token.logsumexp(-1), n_chunks, group)
 
 
-def bound_scores(q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks: Tensor) -> Tensor:
+def bound_scores(
+    q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks: Tensor, group: str = "mean"
+) -> Tensor:
     """An upper bound on the score of any key in each chunk, turned into mass like `sketch_scores`.
 
     Args:
@@ -96,13 +103,14 @@ def bound_scores(q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks:
     """
     q = q.float()[:, :, None] * q.shape[-1] ** -0.5  # (L, G, 1, D)
     bound = torch.maximum(q * low[chunks][:, None], q * high[chunks][:, None]).sum(-1)  # (L, G, C)
-    return chunk_mass(bound, n_chunks)
+    return chunk_mass(bound, n_chunks, group)
 
 
-def chunk_mass(score: Tensor, n_chunks: Tensor) -> Tensor:
-    """Softmax over each lane's valid chunks, mean over the group: (L, G, C) -> (L, C); -1 where there is no chunk."""
+def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
+    """Softmax over each lane's valid chunks, mean or max over the group: (L, G, C) -> (L, C); -1 without a chunk."""
     valid = torch.arange(score.shape[-1], device=score.device) < n_chunks[:, None]  # (L, C)
-    mass = score.masked_fill(~valid[:, None], -1e30).softmax(-1).mean(1)
+    mass = score.masked_fill(~valid[:, None], -1e30).softmax(-1)
+    mass = mass.mean(1) if group == "mean" else mass.amax(1)
     return mass.masked_fill(~valid, -1.0)
 
 
@@ -123,9 +131,10 @@ class KeySketch(nn.Module):
         like: a tensor with the dtype and device of the keys.
     """
 
-    def __init__(self, pages: int, rows: int, page_size: int, dim: int, rank: int, like: Tensor):
+    def __init__(self, pages: int, rows: int, dim: int, config: HybridConfig, like: Tensor):
         super().__init__()
-        self.page_size, self.rank = page_size, rank
+        self.page_size, self.rank, self.group = config.page_size, config.rank(dim), config.group
+        page_size, rank = self.page_size, self.rank
 
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=like.device), persistent=False)
@@ -160,15 +169,15 @@ class KeySketch(nn.Module):
     def scores(self, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor) -> Tensor:
         """See `sketch_scores`; row: (L,)."""
         sketch = self.sketch.view(-1, self.rank, self.page_size)
-        return sketch_scores(q, sketch, chunks, n_chunks, self.basis[row], self.step[row])
+        return sketch_scores(q, sketch, chunks, n_chunks, self.basis[row], self.step[row], self.group)
 
 
 class KeyBounds(nn.Module):
     """Smallest and largest key values of each page of a store. Same interface as `KeySketch`."""
 
-    def __init__(self, pages: int, rows: int, page_size: int, dim: int, rank: int, like: Tensor):
+    def __init__(self, pages: int, rows: int, dim: int, config: HybridConfig, like: Tensor):
         super().__init__()
-        self.page_size = page_size
+        self.page_size, self.group = config.page_size, config.group
         for name in ("low", "high"):
             self.register_buffer(name, like.new_zeros(pages, dim), persistent=False)
 
@@ -186,4 +195,27 @@ class KeyBounds(nn.Module):
         self.high.index_copy_(0, page, torch.where(first, k, torch.maximum(self.high[page], k)))
 
     def scores(self, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor) -> Tensor:
-        return bound_scores(q, self.low, self.high, chunks, n_chunks)
+        return bound_scores(q, self.low, self.high, chunks, n_chunks, self.group)
+
+
+class ExactKeys(nn.Module):
+    """A copy of a store's keys. Same interface as `KeySketch`."""
+
+    def __init__(self, pages: int, rows: int, dim: int, config: HybridConfig, like: Tensor):
+        super().__init__()
+        self.page_size, self.group = config.page_size, config.group
+        self.register_buffer("keys", like.new_zeros(pages * self.page_size, dim), persistent=False)
+
+    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int) -> None:
+        slot = torch.arange(self.page_size, device=k.device)
+        for lane, numbers in enumerate(pages):
+            slots = (numbers[:, None] * self.page_size + slot).flatten()
+            self.keys[slots[: k.shape[1]]] = k[lane]
+
+    def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
+        self.keys.index_copy_(0, page * self.page_size + fill, k)
+
+    def scores(self, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor) -> Tensor:
+        keys = rearrange(self.keys, "(n s) d -> n s d", s=self.page_size)[chunks]  # (L, C, page_size, D)
+        token = einsum(q.float(), keys.float(), "l g d, l c s d -> l g c s") * q.shape[-1] ** -0.5
+        return chunk_mass(token.logsumexp(-1), n_chunks, self.group)

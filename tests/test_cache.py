@@ -228,7 +228,7 @@ def test_generated_pages_become_retrievable_for_dynamic_lanes_and_fixed_for_stat
 
 
 @settings(max_examples=60, deadline=None)
-@given(mask=prompts(), shape=shapes, retrieval=st.sampled_from(["sketch", "bound"]), steps=st.integers(0, 40))
+@given(mask=prompts(), shape=shapes, retrieval=st.sampled_from(["sketch", "bound", "exact"]), steps=st.integers(0, 40))
 def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, steps):
     """For prompt and generated tokens, in full chunks and in the tail, after any number of appended tokens."""
     heads, group, dim = shape
@@ -251,6 +251,8 @@ def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, 
             if retrieval == "bound":
                 assert torch.equal(cache.summary.low[page], k.amin(0))
                 assert torch.equal(cache.summary.high[page], k.amax(0))
+            elif retrieval == "exact":
+                assert torch.equal(cache.summary.keys[page * size : page * size + count], k)
             else:
                 parts = (t[row : row + 1] for t in (cache.summary.basis, cache.summary.offset, cache.summary.step))
                 z = cache.summary.sketch.view(-1, cache.summary.rank, size)[page, :, :count].T

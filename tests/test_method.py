@@ -212,7 +212,7 @@ def test_nothing_to_prune_needs_the_full_cache():
         dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48),
         dict(dynamic_share=1.5), dict(threshold=-1), dict(dynamic_weight=0), dict(sketch_rank=0),
         dict(window=0), dict(top_share=0), dict(pool=4), dict(pool_side=2), dict(sinks=-1),
-        dict(classifier="guess"), dict(score="sum"), dict(head_weight="none"), dict(retrieval="all"),
+        dict(classifier="guess"), dict(score="sum"), dict(head_weight="none"), dict(retrieval="all"), dict(group="sum"),
     ],
     ids=str,
 )  # fmt: skip

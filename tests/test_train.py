@@ -1,4 +1,5 @@
-"""Training: packed questions are the questions, steps orthogonalise, runs resume exactly, the export is the model."""
+"""Training: packed questions are the questions, the evidence is where the answers come from, steps orthogonalise, runs
+resume exactly, the export is the model."""
 
 import json
 
@@ -9,14 +10,14 @@ import torch.nn.functional as F
 
 from demo import boards as bd
 from demo import train
-from demo.batches import COMPARED, SEVERAL, SINGLE, Scene, make_batch
+from demo.batches import COMPARED, IMAGE, READS, SEVERAL, SINGLE, Scene, evidence_of, make_batch
 from demo.evaluate import answer_logits, evaluate, exact, interval, table
 from demo.muon import Muon, orthogonalise
-from demo.trainee import Trainee, config
-from demo.vocabulary import VOCABULARY
-from model import from_pretrained
+from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise
+from demo.vocabulary import VOCABULARY, encode
+from model import Processor, from_pretrained
 
-TINY = dict(layers=2, heads=2, kv_heads=1, mlp=48, vision=32)
+TINY = dict(layers=4, heads=2, kv_heads=1, mlp=48, vision=32)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,100 @@ def test_the_export_is_the_model_rounded_to_bf16(trainee, tmp_path):
     error = (actual - expected).norm() / expected.norm()
     assert error < 0.02  # a few roundings to 8 bits, 2^-9 each
     assert actual.shape[1] == len(VOCABULARY)
+
+
+def says(boards: list[bd.Board], cell: bd.Cell, kind: str) -> set[str]:
+    """What can be read off a cell."""
+    b, r, c = cell
+    board = boards[b]
+    if kind == "paper":  # also tells which cell changed
+        return {list(bd.COLOURS)[board.colours[r, c]], str(b + 1), bd.name(board.keys[r, c])}
+    r, c = r + (kind == "down"), c + (kind == "right")
+    if kind == "value":
+        return {bd.name(board.values[r, c])}
+    rows, cols = board.keys.shape
+    return {bd.name(board.keys[r, c]) if r < rows and c < cols else bd.END}
+
+
+@pytest.mark.parametrize("task", bd.TASKS)
+def test_every_word_of_an_answer_is_in_the_question_or_on_its_evidence(task):
+    for seed in range(20):
+        rng = bd.rng_for("train", seed)
+        paired = task in ("compare", "changed")
+        boards = bd.make_boards(rng, 2 if paired else 1 + seed % 3, 5, 6, compare=paired)
+        question = bd.ask(rng, boards, task)
+        words, read = question.answer.split(), evidence_of(question)
+        assert len(read) == len(words) + 1 and read[-1] is None
+        for word, source in zip(words, read, strict=False):
+            if source is None:
+                assert word in question.text.replace("?", "").replace(".", "").split()
+            else:
+                assert word in says(boards, source[0], READS[source[1]])
+
+
+@pytest.mark.parametrize("scene, tasks", [(Scene(3, 4), SINGLE), (Scene(2, 3, 3), SEVERAL)])
+def test_evidence_is_a_cell_of_the_packed_prompt(scene, tasks):
+    """The cell's own targets, found through the place in the prefix, name the labelled token."""
+    batch = make_batch(bd.rng_for("train", 3), scene, 3, tasks, 120)
+    order = torch.full((len(batch.prefix),), -1)
+    order[batch.prefix == IMAGE] = torch.arange(scene.cells)
+    b, t = (batch.evidence >= 0).nonzero(as_tuple=True)
+    assert len(b) > 20
+    for sample, token in zip(b.tolist(), t.tolist(), strict=True):
+        cell = sample * scene.cells + int(order[batch.evidence[sample, token]])
+        kind, label = READS[batch.reads[sample, token]], int(batch.labels[sample, token])
+        if kind == "paper":
+            assert label in (COLOURS[batch.cells["colour"][cell, 0]], BOARDS[batch.cells["board"][cell, 0]])
+            continue
+        first, second = batch.cells[kind][cell].tolist()
+        key = bd.END if first == len(bd.GLYPHS) else bd.GLYPHS[first] + bd.GLYPHS[second]
+        assert [label] == encode(f" {key}")
+
+
+def test_surprise_is_the_negative_log_attention_on_the_evidence():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 6, 4, 8, generator=generator), torch.randn(2, 3, 9, 8, generator=generator)
+    mask = torch.rand(2, 1, 4, 9, generator=generator) < 0.8
+    evidence, reads = torch.tensor([[-1, 2, 0, -1], [5, -1, -1, 1]]), torch.tensor([[0, 1, 2, 0], [2, 0, 0, 1]])
+    wanted = []
+    for b, t in (evidence >= 0).nonzero().tolist():
+        mask[b, 0, t, evidence[b, t]] = True
+        logits = q[b, 2 * reads[b, t], t] @ k[b, reads[b, t]].T / 8**0.5
+        wanted.append(-logits[mask[b, 0, t]].log_softmax(0)[mask[b, 0, t, : evidence[b, t]].sum()])
+    torch.testing.assert_close(surprise(q, k, mask, evidence, reads), torch.stack(wanted).mean())
+
+
+def test_readings_are_what_a_head_writes_that_looks_at_one_cell(trainee):
+    """Against the layer's own output projection, with the values of one cell in one head and zeros in the others."""
+    batch = make_batch(bd.rng_for("train", 2), Scene(2, 2), 1, {"lookup": 1}, 40)
+    student = Trainee(config(layers=4, heads=8, kv_heads=4, mlp=48, vision=32))
+    o_proj = student.model.layers[RETRIEVES].self_attn.o_proj
+    torch.nn.init.normal_(o_proj.weight, std=0.1)
+    v = torch.randn(1, 4, 4, 32)  # (B, H, cells, D)
+    losses = student.readings(v, batch)
+    for kind, group in (("value", 0), ("right", 1), ("down", 2)):
+        heads = torch.zeros(4, 8, 32)
+        heads[:, 2 * group] = v[0, group]
+        logits = student.head.glyph_logits(o_proj(heads.flatten(1))).flatten(0, 1)
+        torch.testing.assert_close(losses[f"say {kind}"], F.cross_entropy(logits, batch.cells[kind].flatten()))
+    heads = torch.zeros(4, 8, 32)
+    heads[:, 6] = v[0, 3]
+    colour = o_proj(heads.flatten(1)) @ student.head.table()[COLOURS].T
+    torch.testing.assert_close(losses["say colour"], F.cross_entropy(colour, batch.cells["colour"][:, 0]))
+
+
+def test_the_exported_processor_makes_the_prompts_of_training(trainee, tmp_path):
+    from PIL import Image
+
+    train.export(trainee, config(**TINY), tmp_path)
+    processor = Processor.from_pretrained(tmp_path)
+    batch = make_batch(bd.rng_for("train", 4), Scene(2, 3, 3), 1, {"which": 1}, 40)
+    first = batch.question[0] == 0
+    question = bd.Question("", "Which board has AB?", "", [])
+    prompt = processor(question.text, images=[Image.new("RGB", (3 * 28, 2 * 28))] * 3)
+    assert prompt.input_ids[: len(batch.prefix)].tolist() == batch.prefix.tolist()
+    asked = int((batch.labels[0] >= 0).nonzero()[0]) + 1  # the first label stands at the end of the question
+    assert len(prompt.input_ids) == len(batch.prefix) + asked and first[:asked].all()
 
 
 def test_an_answer_counts_only_if_every_token_is_right():
