@@ -4,6 +4,9 @@ All are compiled and run interleaved in one process; a row gives medians. The de
 that the options say; keys and values of the context are random too (a prefill would take minutes and change nothing),
 and the head mix is the configured share, so that random attention does not distort the budget.
 
+A step must at least read the weights and its share of the cache. `roofline` is the time that this takes at the
+bandwidth of a copy, measured in the same run, as a share of the step's; `at most` is the speed-up that the bytes allow.
+
     python -m bench.decode --contexts 8192 32768
 """
 
@@ -24,7 +27,8 @@ from hybridkv.profile import LayerProfile, Prefill
 from model.config import Config
 from model.decoder import Model
 
-COLUMNS = ("ms/step", "spread", "MB read", "GB/s", "speed-up", "compile s")
+COLUMNS = ("ms/step", "spread", "MB read", "GB/s", "roofline", "speed-up", "at most", "compile s")
+COPY_BYTES = 1 << 28  # far above any cache; a fast GPU copies it in a fraction of a millisecond
 
 
 def random_model(args: argparse.Namespace) -> Model:
@@ -78,6 +82,19 @@ def ready(
     return engine, compile_s
 
 
+def copy_bandwidth(device: str, repeats: int = 9) -> float:
+    """Bytes a second that the device reads and writes when it copies a large tensor: median."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * COPY_BYTES / statistics.median(seconds)
+
+
 @torch.no_grad()
 def step_ms(engine: Engine) -> float:
     start = time.perf_counter()
@@ -85,13 +102,9 @@ def step_ms(engine: Engine) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The decoder's shape, where it runs, and where rows go."""
     add = partial(parser.add_argument, type=int)
-    add("--contexts", nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.1], help="of the hybrid cache (default: 0.1)")
-    add("--batch", default=1)
-    add("--steps", default=30, help="timed steps for each contender (default: 30)")
     add("--layers", default=2)
     add("--kv-heads", default=4)
     add("--group", default=7, help="query heads for each KV head (default: 7)")
@@ -102,17 +115,38 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--out", help="append JSON lines to this file")
+
+
+def describe(module: str, args: argparse.Namespace) -> dict:
+    """What a row needs to be understood: shape, machine, versions, command. Prints the last three, too."""
+    cuda = args.device.startswith("cuda")
+    about = {
+        **{name: getattr(args, name) for name in ("layers", "kv_heads", "group", "head_dim", "device", "dtype")},
+        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "command": f"python -m {module} {' '.join(sys.argv[1:])}",
+    }
+    threads = torch.get_num_threads()
+    print(f"{about['command']}\ntorch {about['torch']}, {about['machine']}, {threads} threads, {args.dtype}")
+    return about
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = partial(parser.add_argument, type=int)
+    add("--contexts", nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.1], help="of the hybrid cache (default: 0.1)")
+    add("--batch", default=1)
+    add("--steps", default=30, help="timed steps for each contender (default: 30)")
+    add_model_arguments(parser)
     args = parser.parse_args()
 
     torch.manual_seed(0)
     model = random_model(args)
-    machine = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
-    )
-    command = "python -m bench.decode " + " ".join(sys.argv[1:])
-    print(f"{command}\ntorch {torch.__version__}, {machine}, {torch.get_num_threads()} threads, {args.dtype}")
+    about = describe("bench.decode", args)
+    weights, bandwidth = sum(p.nbytes for p in model.parameters()), copy_bandwidth(args.device)
+    print(f"copies run at {bandwidth / 1e9:.1f} GB/s: the roofline")
     print(f"{'context':>8} {'cache':>12}" + "".join(f"{h:>10}" for h in COLUMNS))
-    weights = sum(p.nbytes for p in model.parameters())
     for context in args.contexts:
         contenders = {"dense": ("dense", HybridConfig()), "full": ("full", HybridConfig())}
         for budget in args.budgets:
@@ -135,24 +169,20 @@ def main() -> None:
                 contender=name,
                 context=context,
                 batch=args.batch,
-                layers=args.layers,
-                kv_heads=args.kv_heads,
-                group=args.group,
-                head_dim=args.head_dim,
                 ms_per_token=ms,
                 ms_spread=high - low,
                 bytes_read=reads[name],
+                roofline_ms=reads[name] / bandwidth * 1e3,
+                roofline_share=reads[name] / bandwidth * 1e3 / ms,
                 speedup_vs_dense=statistics.median(times["dense"]) / ms,
+                speedup_limit=reads["dense"] / reads[name],
                 compile_s=compiles[name],
-                device=args.device,
-                machine=machine,
-                dtype=args.dtype,
-                torch=torch.__version__,
-                command=command,
+                **about,
             )
             print(
                 f"{context:8d} {name:>12}{ms:10.3f}{high - low:10.3f}{reads[name] / 1e6:10.1f}"
-                f"{reads[name] / ms / 1e6:10.1f}{row['speedup_vs_dense']:9.2f}x{compiles[name]:10.1f}",
+                f"{reads[name] / ms / 1e6:10.1f}{row['roofline_share']:10.0%}{row['speedup_vs_dense']:9.2f}x"
+                f"{row['speedup_limit']:9.2f}x{compiles[name]:10.1f}",
                 flush=True,
             )
             if args.out:

@@ -3,8 +3,8 @@
     python -m bench.heads --model demo --task chain
 
 All heads are dynamic, but one, which is pruned to the same number of pages by what the prompt's text attends to. The KL
-to the full cache that this adds is the head's *need*. Beside it stand the mean ranks that the classifiers give the head,
-and how well they agree with it: Spearman's correlation, and the share of the total need that falls on the half of the
+to the full cache that this adds is the head's *need*. Beside it stand the mean ranks that the classifiers give the
+head, and how well they agree: Spearman's correlation, and the share of the total need that falls on the half of the
 heads which the classifier would make dynamic (half, on average, if it knew nothing).
 """
 

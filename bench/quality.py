@@ -96,7 +96,8 @@ def decode(
         for each case the likeliest answer tokens, and the logits (N, V) that the cache had a part in: all but the
         first token's, which the prefill decides, unless a second turn came before it.
     """
-    limit, turns = max(case.limit for case in cases), [case.then for case in cases]
+    turns = [case.then for case in cases]
+    limit = max(map(len, path)) + 1 if path else max(case.limit for case in cases)
     steps = max(map(len, turns)) + limit - 1
     engine.load([again(prefill, engine.config) for prefill in read.prefills], steps + 1)
     engine.begin(read.positions, steps + 1, Sampling(), read.first.device)
@@ -122,6 +123,8 @@ def decode(
             if t + 1 >= len(turns[b]):
                 settle(b, token)
                 logits[b].append(out[b])
+        if not path and all(set(row) & set(engine.eos) for row in likeliest):
+            break
     return [row[:limit] for row in likeliest], [torch.stack(rows) for rows in logits]
 
 
@@ -144,8 +147,10 @@ class Lab:
         return Read(prefills, logits.argmax(-1), positions)
 
     @torch.no_grad()
-    def measure(self, cases: Sequence[Case], variants: Sequence[Variant]) -> Iterator[tuple[str, list[dict]]]:
-        """For each variant, one record a case: right, kl, bytes, attended tokens."""
+    def measure(
+        self, cases: Sequence[Case], variants: Sequence[Variant], answers: bool = True
+    ) -> Iterator[tuple[str, list[dict]]]:
+        """For each variant, one record a case: right (None without `answers`), kl, bytes, attended tokens."""
         eos = self.model.cfg.eos_token_id
         reads: dict[tuple, Read] = {}
         path: list[list[int]] = []
@@ -155,26 +160,32 @@ class Lab:
                 reads = {key: self.read(cases, variant.config)}  # one at a time: these are whole caches
             read = reads[key]
             if not path:
-                path, logits = decode(Engine(self.model, variant.config, "dense", compile=False), read, cases)
+                path, logits = decode(Engine(self.model, variant.config, "dense", eos, compile=False), read, cases)
                 path = [cut(row, eos, case.limit) or row[:1] for row, case in zip(path, cases, strict=True)]
                 # The end token is judged, too: as many distributions as the answer has tokens.
                 counts = [len(row) + bool(case.then) for row, case in zip(path, cases, strict=True)]
                 reference = [rows[:n].log_softmax(-1) for rows, n in zip(logits, counts, strict=True)]
-            engine = Engine(self.model, variant.config, variant.policy, compile=False)
+            engine = Engine(self.model, variant.config, variant.policy, eos, compile=False)
             tokens, logits = decode(engine, read, cases, path)
             kl = [
                 float((want.exp() * (want - rows[: len(want)].log_softmax(-1))).sum(-1).mean())
                 for want, rows in zip(reference, logits, strict=True)
             ]
             del logits
-            if any(cut(row, eos, case.limit) != want for row, case, want in zip(tokens, cases, path, strict=True)):
+            deviates = any(
+                cut(row, eos, min(case.limit, len(want) + 1)) != want
+                for row, case, want in zip(tokens, cases, path, strict=True)
+            )
+            if answers and deviates:
                 tokens, _ = decode(engine, read, cases)  # following its own tokens, it goes elsewhere
             cached = engine.cache.count_bytes()
             yield (
                 variant.name,
                 [
                     {
-                        "right": case.right and case.right(self.processor.decode(cut(row, eos, case.limit))),
+                        "right": case.right(self.processor.decode(cut(row, eos, case.limit)))
+                        if answers and case.right
+                        else None,
                         "kl": divergence,
                         "resident_bytes": cached.resident / len(cases),
                         "full_bytes": cached.full / len(cases),
@@ -272,6 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join((*bd.TASKS, *TEXT_TASKS))}")
     add("--tokens", nargs="+", type=int, help="visual tokens, or about so many tokens of text")
     add("--samples", type=int, default=30, help="prompts per task and size (default: 30)")
+    add("--kl-only", action="store_true", help="follow the full cache's answers only: faster, accuracy is left out")
     add("--batch", type=int, default=10, help="prompts decoded together (default: 10)")
     add("--out", type=Path, help="JSON lines; rows that are there already are not measured again")
     add("--plot", type=Path, help="picture of all rows in --out, or of this run")
@@ -342,7 +354,7 @@ def run(
         for start in starts:
             indices = range(start, min(start + args.batch, args.samples))
             cases = [make_case(lab.processor, task, tokens, i) for i in indices]
-            for into, (_, measured) in zip(records, lab.measure(cases, todo), strict=True):
+            for into, (_, measured) in zip(records, lab.measure(cases, todo, not args.kl_only), strict=True):
                 into += measured
                 bar.update()
     for job, measured in zip(todo, records, strict=True):

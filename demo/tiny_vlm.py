@@ -31,7 +31,8 @@ CHAT_TEMPLATE = """\
 {%- else %}
 {%- for part in message.content %}
 {%- if part.type == 'image' %}{% set pictures.n = pictures.n + 1 %}
-{%- if add_vision_id %}{{ 'Picture ' ~ pictures.n ~ ': ' }}{% endif %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- if add_vision_id %}{{ 'Picture ' ~ pictures.n ~ ': ' }}{% endif %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
 {%- elif part.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
 {%- else %}{{ part.text }}{% endif %}
 {%- endfor %}

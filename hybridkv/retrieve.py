@@ -90,9 +90,7 @@ def sketch_scores(
     return chunk_mass(token.logsumexp(-1), n_chunks, group)
 
 
-def bound_scores(
-    q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks: Tensor, group: str = "mean"
-) -> Tensor:
+def bound_scores(q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
     """An upper bound on the score of any key in each chunk, turned into mass like `sketch_scores`.
 
     Args:

@@ -1,0 +1,110 @@
+"""Time to the first token, and what profile, plan and compression add to it.
+
+    python -m bench.prefill --contexts 2048 8192
+
+`plain` reads the prompt with causal SDPA, keeps keys and values and copies them into a static cache: the best full
+cache. The policy also looks where the prompt's text looks (profile), decides what to keep (plan) and packs it into
+pages (pack). Contenders run interleaved in one process on a decoder of random weights; a row gives medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.decode import add_model_arguments, describe, random_model
+from hybridkv.config import HybridConfig
+from hybridkv.decode import Engine
+from hybridkv.dense import DenseCache
+from hybridkv.policies import POLICIES
+from hybridkv.profile import LayerProfile, Prefill
+from model.decoder import Model, causal_attention
+
+QUESTION = 64  # tokens at the end of the context that every head keeps
+MS = 1e3
+
+
+class Plain(Prefill):
+    """Records keys and values, and looks at nothing else."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nothing = q.new_zeros(())
+        self.layers.append(LayerProfile(k[0], v[0], *[nothing] * 5))
+        return causal_attention(q, k, v)
+
+
+class Clock:
+    """Seconds between calls, the device's work included."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.lap()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.at = getattr(self, "at", 0.0), time.perf_counter()
+        return self.at - before
+
+
+@torch.no_grad()
+def first_token(model: Model, x: Tensor, positions: Tensor, policy: str, config: HybridConfig) -> dict[str, float]:
+    """Milliseconds of the stages from embedded tokens x (1, T, C) to the first token and a cache to go on with."""
+    prunable = torch.arange(x.shape[1], device=x.device) < x.shape[1] - QUESTION
+    prefill = (Plain if policy == "plain" else Prefill)(prunable, config)
+    clock, ms = Clock(x.device), {}
+    int(model.logits(model(x, positions, prefill)[:, -1]).argmax())
+    ms["read"] = clock.lap() * MS
+    if policy == "plain":
+        DenseCache(x.shape[1] + QUESTION, 1, prefill).load([prefill], QUESTION)
+    else:
+        plan = POLICIES[policy](prefill)
+        ms["plan"] = clock.lap() * MS
+        Engine(model, config, lambda _: plan, compile=False).load([prefill], QUESTION)
+    ms["pack"] = clock.lap() * MS
+    return ms | {"total": sum(ms.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = partial(parser.add_argument, type=int)
+    add("--contexts", nargs="+", default=[2048, 8192], help="prompt tokens (default: 2048 8192)")
+    add("--repeats", default=5, help="timed runs of each contender, after one that is not timed (default: 5)")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["hybridkv"])
+    parser.add_argument("--budget", type=float, default=0.1)
+    add_model_arguments(parser)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    model, config = random_model(args), HybridConfig(budget=args.budget)
+    about = describe("bench.prefill", args)
+    print(f"{'context':>8} {'cache':>12} {'read':>9} {'plan':>9} {'pack':>9} {'total':>9} {'over plain':>11}   ms")
+    for context in args.contexts:
+        x = torch.randn(1, context, model.cfg.hidden_size, device=model.device, dtype=model.dtype)
+        positions = torch.arange(context, device=model.device).expand(3, 1, -1)
+        runs: dict[str, list[dict]] = defaultdict(list)
+        for _ in range(1 + args.repeats):
+            for name in ("plain", *args.policies):
+                runs[name].append(first_token(model, x, positions, name, config))
+        medians = {
+            name: {stage: statistics.median(run[stage] for run in each[1:]) for stage in each[0]}
+            for name, each in runs.items()
+        }
+        for name, ms in medians.items():
+            over = ms["total"] / medians["plain"]["total"] - 1
+            stages = " ".join(f"{ms.get(stage, 0):9.1f}" for stage in ("read", "plan", "pack", "total"))
+            print(f"{context:8d} {name:>12} {stages} {over:11.1%}", flush=True)
+            row = {"contender": name, "context": context, "budget": args.budget, "overhead": over, "ms": ms, **about}
+            if args.out:
+                with open(Path(args.out), "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
