@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.decode import add_model_arguments, describe, random_model
+from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine
 from hybridkv.dense import DenseCache
@@ -91,7 +92,10 @@ def main() -> None:
         runs: dict[str, list[dict]] = defaultdict(list)
         for _ in range(1 + args.repeats):
             for name in ("plain", *args.policies):
-                runs[name].append(first_token(model, x, positions, name, config))
+                try:
+                    runs[name].append(first_token(model, x, positions, name, config))
+                except BudgetError as e:
+                    parser.error(str(e))
         medians = {
             name: {stage: statistics.median(run[stage] for run in each[1:]) for stage in each[0]}
             for name, each in runs.items()
