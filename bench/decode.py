@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -117,21 +118,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="append JSON lines to this file")
 
 
-def describe(module: str, args: argparse.Namespace) -> dict:
+def describe(module: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
     """What a row needs to be understood: shape, machine, versions, command. Prints the last three, too."""
     cuda = args.device.startswith("cuda")
     about = {
         **{name: getattr(args, name) for name in ("layers", "kv_heads", "group", "head_dim", "device", "dtype")},
         "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "torch": torch.__version__,
-        "command": f"python -m {module} {' '.join(sys.argv[1:])}",
+        "command": f"python -m {module} {' '.join(sys.argv[1:] if argv is None else argv)}",
     }
     threads = torch.get_num_threads()
     print(f"{about['command']}\ntorch {about['torch']}, {about['machine']}, {threads} threads, {args.dtype}")
     return about
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = partial(parser.add_argument, type=int)
     add("--contexts", nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
@@ -139,11 +140,11 @@ def main() -> None:
     add("--batch", default=1)
     add("--steps", default=30, help="timed steps for each contender (default: 30)")
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     model = random_model(args)
-    about = describe("bench.decode", args)
+    about = describe("bench.decode", args, argv)
     weights, bandwidth = sum(p.nbytes for p in model.parameters()), copy_bandwidth(args.device)
     print(f"copies run at {bandwidth / 1e9:.1f} GB/s: the roofline")
     print(f"{'context':>8} {'cache':>12}" + "".join(f"{h:>10}" for h in COLUMNS))

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def first_token(model: Model, x: Tensor, positions: Tensor, policy: str, config:
     return ms | {"total": sum(ms.values())}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = partial(parser.add_argument, type=int)
     add("--contexts", nargs="+", default=[2048, 8192], help="prompt tokens (default: 2048 8192)")
@@ -80,11 +81,11 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["hybridkv"])
     parser.add_argument("--budget", type=float, default=0.1)
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     model, config = random_model(args), HybridConfig(budget=args.budget)
-    about = describe("bench.prefill", args)
+    about = describe("bench.prefill", args, argv)
     print(f"{'context':>8} {'cache':>12} {'read':>9} {'plan':>9} {'pack':>9} {'total':>9} {'over plain':>11}   ms")
     for context in args.contexts:
         x = torch.randn(1, context, model.cfg.hidden_size, device=model.device, dtype=model.dtype)

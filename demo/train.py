@@ -2,11 +2,17 @@
 
     python -m demo.train FOLDER
 
-The module that is trained is the one that inference runs (`model.Model`), with two additions that are gone from the
-exported checkpoint. The embeddings of the 2,304 key tokens are sums of two glyph embeddings, expanded on export. And
-auxiliary losses ask each visual embedding for its cell's key (read with the rows of the input embeddings), its pointer
-(with those of the output head), its colour and its neighbours' keys: what is not there can't be retrieved. Many
-questions share one board, hidden from each other by the attention mask.
+The module that is trained is the one that inference runs (`model.Model`), with additions that are gone from the
+exported checkpoint:
+
+- The embeddings of the 2,304 key tokens are sums of two glyph embeddings, expanded on export.
+- What is not in a visual embedding can't be retrieved: auxiliary losses ask each for its cell's key (read with the rows
+  of the input embeddings), its pointer and colour (with those of the output head) and its neighbours' keys.
+- A head finds nothing before it knows what to do with it, and the other way round: in one layer, four heads are told
+  which cell each word of an answer is read from (pointer, right, down, or colour and board), and what they are to say
+  if they look at any one cell. Without that, kinds of questions that come late are never learned.
+
+Many questions share one board, hidden from each other by the attention mask.
 """
 
 import argparse
