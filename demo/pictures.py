@@ -13,14 +13,9 @@ from hybridkv.demos import DEFAULT, FOLDER
 # name: what it shows, task, rows, columns, boards, seed
 DEMOS = {
     DEFAULT: ("one cell among 1,024", "lookup", 32, 32, 1, 1),
-    "chain": (
-        "follow pointers over 1,024 cells: lost at a tenth with the default configuration",
-        "chain",
-        32,
-        32,
-        1,
-        0,
-    ),
+    "chain": ("follow pointers from cell to cell, over 1,024 cells", "chain", 32, 32, 1, 1),
+    "read": ("read a row of 1,024 cells, cell by cell", "right", 32, 32, 1, 0),
+    "compare": ("where one of 576 cells points on two boards", "compare", 24, 24, 2, 5),
     "large": ("one cell among 4,096", "lookup", 64, 64, 1, 0),
 }
 

@@ -63,26 +63,23 @@ def test_a_budget_of_one_is_the_full_cache(bundled):
     assert answers(bundled, prompts, "hybridkv", budget=1.0) == answers(bundled, prompts, "dense")
 
 
-def count_right(bundled, task: str, policy: str, **config) -> int:
-    """Of 6 questions over 1,024 cells."""
-    wanted = cases(bundled, task, 1024, 6)
-    texts = answers(bundled, [case.prompt for case in wanted], policy, **config)
-    return sum(case.right(text) for case, text in zip(wanted, texts, strict=True))
+def share_kept(bundled, task: str, **config) -> float:
+    """Of 10 questions over 1,024 cells, how many of those that the full cache answers right the policy does, too."""
+    wanted = cases(bundled, task, 1024, 10)
+    texts = answers(bundled, [case.prompt for case in wanted], "dense")
+    known = [case for case, text in zip(wanted, texts, strict=True) if case.right(text)]
+    assert len(known) >= 5
+    texts = answers(bundled, [case.prompt for case in known], "hybridkv", **config)
+    return sum(case.right(text) for case, text in zip(known, texts, strict=True)) / len(known)
 
 
-def test_a_tenth_keeps_what_the_question_names(bundled):
-    """Static heads suffice where the question names the cell: all but one of the answers survive."""
-    full = count_right(bundled, "lookup", "dense")
-    assert full >= 5
-    assert count_right(bundled, "lookup", "hybridkv", budget=0.1) >= full - 1
+def test_pruning_keeps_what_the_question_names_and_loses_what_the_answer_leads_to(bundled):
+    assert share_kept(bundled, "lookup", budget=0.1, dynamic_share=0.0) >= 0.8
+    assert share_kept(bundled, "chain", budget=0.2, dynamic_share=0.0) <= 0.2
 
 
-def test_chains_need_retrieval(bundled):
-    """A fifth keeps chains if all heads retrieve by a sketch of half their dimensions; pruning alone loses them."""
-    full = count_right(bundled, "chain", "dense")
-    assert full >= 5
-    assert count_right(bundled, "chain", "hybridkv", budget=0.2, dynamic_share=1.0, sketch_rank=16) >= full - 1
-    assert count_right(bundled, "chain", "hybridkv", budget=0.2, dynamic_share=0.0) <= 1
+def test_retrieval_keeps_chains(bundled):
+    assert share_kept(bundled, "chain", budget=0.2, dynamic_share=1.0) >= 0.7
 
 
 def test_the_pictures_are_those_that_the_seeds_draw():
