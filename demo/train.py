@@ -80,6 +80,7 @@ STAGES = [
     Stage("small", 300, 4, 14, 900, 176, several=0.2, compared=0.2, vision=0.1, lr=(0.7, 0.5), tasks=HARDER),
     Stage("middle", 300, 8, 28, 1800, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.5, 0.3), tasks=HARDER),
     Stage("large", 280, 10, 64, 2600, 256, largest=4096, vision=0.1, lr=(0.3, 0.01), tasks=HARDER),
+    Stage("longer", 120, 12, 48, 2400, 256, several=0.2, compared=0.1, vision=0.1, lr=(0.2, 0.01), tasks=HARDER),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20

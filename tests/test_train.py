@@ -17,7 +17,7 @@ from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise
 from demo.vocabulary import VOCABULARY, encode
 from model import Processor, from_pretrained
 
-TINY = dict(layers=4, heads=2, kv_heads=1, mlp=48, vision=32)
+TINY = dict(layers=4, heads=4, kv_heads=4, mlp=48, vision=32)
 
 
 @pytest.fixture(scope="module")
