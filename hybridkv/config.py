@@ -1,8 +1,8 @@
-"""Every choice of the method, in one place. Defaults come from measurements on text models (see README)."""
+"""Every choice of the method, in one place. Defaults come from measurements, see Quality in the README."""
 
 from dataclasses import dataclass
 
-SKETCH_FLOOR = 16  # dimensions: half of the bundled model's heads; a quarter, 8, loses its chains
+SKETCH_FLOOR = 32  # a quarter of head_dim is too coarse for heads of 64 (SmolLM2) and 32 (the bundled model)
 
 CHOICES = {
     "classifier": ("ranks", "peaks", "threshold", "profile", "random", "reversed"),
@@ -37,7 +37,8 @@ class HybridConfig:
             keys themselves and is charged what the sketch would cost (see `retrieve`).
         group: how a KV head's query heads agree on a chunk: `mean` or `max` of the shares they would give it.
         tiles: a picture's chunks are tiles, 4 x 4 tokens for a page of 16, instead of runs of its raster lines.
-        sketch_rank: dimensions of the int8 key sketch; None takes a quarter of head_dim, at least SKETCH_FLOOR.
+        sketch_rank: dimensions of the int8 key sketch; None takes SKETCH_FLOOR, but at least a quarter
+            and at most half of head_dim.
         window: the prompt's last text queries that the profile looks at.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
@@ -50,7 +51,7 @@ class HybridConfig:
     budget: float = 0.1
     strict: bool = True
     page_size: int = 16
-    classifier: str = "ranks"
+    classifier: str = "peaks"
     dynamic_share: float = 0.5
     threshold: float = 0.9
     head_profile: str | None = None
@@ -93,7 +94,7 @@ class HybridConfig:
 
     def rank(self, head_dim: int) -> int:
         """Dimensions of the key sketch for keys of `head_dim`."""
-        rank = self.sketch_rank or min(head_dim, max(SKETCH_FLOOR, head_dim // 4))
+        rank = self.sketch_rank or max(1, head_dim // 4, min(SKETCH_FLOOR, head_dim // 2))
         if rank > head_dim:
             raise ValueError(f"sketch_rank {rank} is above head_dim {head_dim}")
         return rank
