@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--task", default="chain")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--variant", default="hybridkv:sketch_rank=16", help="configuration, as in bench.quality")
+    parser.add_argument("--variant", default="hybridkv", help="configuration, as in bench.quality")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,13 +44,13 @@ class Clock:
     """Seconds between calls, the device's work included."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.at = device, 0.0
         self.lap()
 
     def lap(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        before, self.at = getattr(self, "at", 0.0), time.perf_counter()
+        before, self.at = self.at, time.perf_counter()
         return self.at - before
 
 
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{context:8d} {name:>12} {stages} {over:11.1%}", flush=True)
             row = {"contender": name, "context": context, "budget": args.budget, "overhead": over, "ms": ms, **about}
             if args.out:
-                with open(Path(args.out), "a", encoding="utf-8") as file:
+                with open(args.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
 
 

@@ -327,8 +327,9 @@ def replace_budget(variant: Variant, budget: float) -> Variant:
     return replace(variant, config=replace(variant.config, budget=budget))
 
 
-def row_key(row: dict) -> tuple:
-    return tuple(row[key] for key in ("model", "policy", "budget", "task", "tokens", "samples"))
+def row_key(row: dict) -> str:
+    """What makes a row this row. The configuration is part of it: names change their meaning with the defaults."""
+    return json.dumps([row[key] for key in ("model", "policy", "budget", "task", "tokens", "samples", "config")])
 
 
 def run(
@@ -344,6 +345,7 @@ def run(
             "task": task,
             "tokens": tokens,
             "samples": args.samples,
+            "config": asdict(job.config),
         }
 
     known = {row_key(row): row for row in done}
@@ -358,7 +360,7 @@ def run(
                 into += measured
                 bar.update()
     for job, measured in zip(todo, records, strict=True):
-        row = labels(job) | summary(measured) | {"config": asdict(job.config)}
+        row = labels(job) | summary(measured)
         known[row_key(row)] = row
         if args.out:
             with open(args.out, "a") as file:

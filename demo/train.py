@@ -10,7 +10,8 @@ exported checkpoint:
   of the input embeddings), its pointer and colour (with those of the output head) and its neighbours' keys.
 - A head finds nothing before it knows what to do with it, and the other way round: in one layer, four heads are told
   which cell each word of an answer is read from (pointer, right, down, or colour and board), and what they are to say
-  if they look at any one cell. Without that, kinds of questions that come late are never learned.
+  if they look at any one cell. Without that, kinds of questions
+  that came late stayed at guessing for hundreds of steps.
 
 Many questions share one board, hidden from each other by the attention mask.
 """

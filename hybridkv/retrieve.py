@@ -74,8 +74,7 @@ def sketch_scores(
     """How much of its attention each lane's query group would give to each of its chunks, by the sketch.
 
     A chunk's weight is the sum of its tokens' exponentiated scores, normalised over chunks, then the group's `mean` or
-    `max`.
-    (The sketch's offset adds the same number to every token of a lane and drops out.)
+    `max`. (The sketch's offset adds the same number to every token of a lane and drops out.)
 
     Args:
         q: (L, G, D) queries. basis: (L, D, rank), step: (L, rank).
@@ -132,15 +131,15 @@ class KeySketch(nn.Module):
     def __init__(self, pages: int, rows: int, dim: int, config: HybridConfig, like: Tensor):
         super().__init__()
         self.page_size, self.rank, self.group = config.page_size, config.rank(dim), config.group
-        page_size, rank = self.page_size, self.rank
 
         def buffer(name: str, *shape: int, dtype: torch.dtype) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=like.device), persistent=False)
 
-        buffer("sketch", pages * rank * page_size, dtype=torch.int8)  # flat, so that appending stays in place
-        buffer("basis", rows, dim, rank, dtype=like.dtype)
-        buffer("offset", rows, rank, dtype=torch.float32)
-        buffer("step", rows, rank, dtype=torch.float32)
+        size = pages * self.rank * self.page_size
+        buffer("sketch", size, dtype=torch.int8)  # flat, so that appending stays in place
+        buffer("basis", rows, dim, self.rank, dtype=like.dtype)
+        buffer("offset", rows, self.rank, dtype=torch.float32)
+        buffer("step", rows, self.rank, dtype=torch.float32)
 
     def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int) -> None:
         """Fits and stores the summaries of dynamic lanes.

@@ -12,7 +12,16 @@ from hybridkv.classify import classify, ranks, settled_share
 from hybridkv.plan import Costs
 from hybridkv.profile import jaccard_overlap, window_rows
 from hybridkv.prune import keep_order, pooled
-from hybridkv.retrieve import bound_scores, encode, fit_sketch, pack_sketch, select, sketch_scores, tile_order
+from hybridkv.retrieve import (
+    ExactKeys,
+    bound_scores,
+    encode,
+    fit_sketch,
+    pack_sketch,
+    select,
+    sketch_scores,
+    tile_order,
+)
 from tests.lab import configs, prompts, random_prefill, shapes
 
 examples = settings(max_examples=100, deadline=None)
@@ -347,3 +356,19 @@ def test_the_sketch_finds_most_of_the_attention():
         best += float(exact[i].topk(25).values.sum())
     assert best > 2 * 50 * 0.1  # attention is not spread evenly: a random tenth would find a tenth
     assert found > 0.9 * best
+
+
+@pytest.mark.parametrize("group", ["mean", "max"])
+def test_exact_scores_are_the_attention_on_each_chunk(group):
+    """Two lanes with pages in another order, against a softmax over their own keys."""
+    q, k = torch.randn(2, 3, 8), torch.randn(2, 48, 8)
+    pages = [torch.tensor([5, 2, 7]), torch.tensor([1, 6, 3])]
+    summary = ExactKeys(8, 3, 8, HybridConfig(retrieval="exact", group=group), k)
+    summary.pack(k, pages, torch.tensor([1, 2]), 3)
+    chunks = torch.cat([torch.stack(pages), torch.tensor([[4], [4]])], 1)  # a last column that is not valid
+    scores = summary.scores(q, chunks, torch.tensor([3, 2]), torch.tensor([1, 2]))
+    for lane, valid in enumerate((3, 2)):
+        share = (q[lane] @ k[lane, : valid * 16].T / 8**0.5).softmax(-1).view(3, valid, 16).sum(-1)  # (G, chunks)
+        expected = share.mean(0) if group == "mean" else share.amax(0)
+        torch.testing.assert_close(scores[lane, :valid], expected)
+        assert (scores[lane, valid:] == -1).all()

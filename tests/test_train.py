@@ -131,7 +131,7 @@ def test_surprise_is_the_negative_log_attention_on_the_evidence():
     torch.testing.assert_close(surprise(q, k, mask, evidence, reads), torch.stack(wanted).mean())
 
 
-def test_readings_are_what_a_head_writes_that_looks_at_one_cell(trainee):
+def test_readings_are_what_a_head_writes_that_looks_at_one_cell():
     """Against the layer's own output projection, with the values of one cell in one head and zeros in the others."""
     batch = make_batch(bd.rng_for("train", 2), Scene(2, 2), 1, {"lookup": 1}, 40)
     student = Trainee(config(layers=4, heads=8, kv_heads=4, mlp=48, vision=32))
