@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from demo import boards as bd
-from demo.vocabulary import encode, token_id
+from demo.vocabulary import KEY_TOKENS, encode, token_id
 
 END_OF_TURN, IMAGE = token_id("<|im_end|>"), token_id("<|image_pad|>")
 BEFORE = encode("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
@@ -19,7 +19,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 # How often each task is asked of one board, of several boards, and of two boards to compare.
 SINGLE = {"lookup": 1, "lookups": 1, "colour": 1, "right": 2, "down": 2, "chain": 2, "describe": 2}
 SEVERAL = {"which": 4, "lookup": 2, "chain": 2, "right": 1, "down": 1}
-COMPARED = {"compare": 2, "changed": 1}
+COMPARED = {"compare": 1, "changed": 2}
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Batch:
     question: Tensor  # (B, T) number of the question; -1 is padding
     position: Tensor  # (B, T) from the end of the prefix on
     task: Tensor  # (B, T) index into TASKS
-    evidence: Tensor  # (B, T) place in the prefix of the cell that the next token is read from; -1: from none
+    evidence: Tensor  # (B, T) column, prefix first, of the cell or word that the next token is read from; -1: none
     reads: Tensor  # (B, T) what is read there, index into READS
+    twin: Tensor  # (P,) place of the same cell on the first board; -1 where there is none
 
     def to(self, device: str) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -81,22 +82,24 @@ def cell_targets(board: bd.Board, number: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-READS = ("value", "right", "down", "paper")  # of the last kind are a cell's colour and its board's number
+# What heads are told to read: of the kind "paper" are a cell's colour and its board's number, "name" is the key itself.
+READS = ("value", "right", "down", "paper", "name")
 
 
-def evidence_of(question: bd.Question) -> list[tuple[bd.Cell, int] | None]:
-    """For each token of the answer, and the end of the turn, the cell it is read from, and an index into READS.
+def evidence_of(question: bd.Question) -> list[tuple[bd.Cell | int, int] | None]:
+    """For each token of the answer, and the end of the turn, where it is read, and an index into READS.
 
-    None: the token can be had from the text.
+    It is read from a cell, or from one of the keys in the question, which are counted. None: the first key of the
+    question or a word that ends the answer, which need no telling.
     """
     cells, task = question.evidence, question.task
     if task == "describe":
         read = [None, *((cell, kind) for cell in cells for kind in (3, 0, 1))]
     elif task == "lookups":
-        read = [each for cell in cells for each in (None, (cell, 0))]
+        read = [each for i, cell in enumerate(cells) for each in ((i, 4) if i else None, (cell, 0))]
     else:  # the key that was asked for, then what its cell says; in a run or a chain each cell names the next
         kind = {"right": 1, "down": 2, "colour": 3, "which": 3}.get(task, 0)
-        read = [(cells[1], 3) if task == "changed" else None, *((cell, kind) for cell in cells)]
+        read = [(cells[1], 4) if task == "changed" else None, *((cell, kind) for cell in cells)]
     return [*read, None]
 
 
@@ -110,6 +113,9 @@ def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[st
         prefix += [IMAGE] * (scene.rows * scene.cols) + encode("<|vision_end|>")
     prefix = torch.tensor(prefix)
     place = rearrange((prefix == IMAGE).nonzero()[:, 0], "(n r c) -> n r c", n=scene.n, r=scene.rows)
+    twin = torch.full_like(prefix, -1)
+    if scene.compare:
+        twin[place[1]] = place[0]
     pixels, cells = [], []
     ids, labels = torch.full((size, room), END_OF_TURN), torch.full((size, room), -100)
     question, position = torch.full((size, room), -1), torch.zeros(size, room, dtype=torch.long)
@@ -130,9 +136,11 @@ def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[st
                 continue  # an answer longer than the room: another question
             ids[b, at : at + length] = torch.tensor(ask + answer)
             labels[b, at + len(ask) - 1 : at + length - 1] = torch.tensor(answer)
+            named = [len(prefix) + at + i for i, token in enumerate(ask) if token in KEY_TOKENS]
             for i, read in enumerate(evidence_of(asked), at + len(ask) - 1):
                 if read:
-                    evidence[b, i], reads[b, i] = place[read[0]], read[1]
+                    where, reads[b, i] = read
+                    evidence[b, i] = named[where] if isinstance(where, int) else place[where]
             question[b, at : at + length] = number
             position[b, at : at + length] = torch.arange(length)
             task[b, at : at + length] = bd.TASKS.index(kind)
@@ -149,4 +157,5 @@ def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[st
         task=task,
         evidence=evidence,
         reads=reads,
+        twin=twin,
     )

@@ -8,10 +8,11 @@ exported checkpoint:
 - The embeddings of the 2,304 key tokens are sums of two glyph embeddings, expanded on export.
 - What is not in a visual embedding can't be retrieved: auxiliary losses ask each for its cell's key (read with the rows
   of the input embeddings), its pointer and colour (with those of the output head) and its neighbours' keys.
-- A head finds nothing before it knows what to do with it, and the other way round: in one layer, four heads are told
-  which cell each word of an answer is read from (pointer, right, down, or colour and board), and what they are to say
-  if they look at any one cell. Without that, kinds of questions
-  that came late stayed at guessing for hundreds of steps.
+- A head finds nothing before it knows what to do with it, and the other way round: in one layer, five heads are told
+  where each word of an answer is read (pointer, right, down, colour and board, or the key itself, of a cell or in the
+  question), and what they are to say if they look at any one cell or key. On a board that is shown a second time, a
+  head of an earlier layer is told where each cell was before. Without that, kinds of questions that came late stayed
+  at guessing for hundreds of steps.
 
 Many questions share one board, hidden from each other by the attention mask.
 """
@@ -72,6 +73,7 @@ class Stage:
 
 
 HARDER = {"lookup": 1, "lookups": 2, "colour": 1, "right": 2, "down": 2, "chain": 2, "describe": 3}
+NAMES = HARDER | {"lookups": 6}
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0),
     Stage("neighbours", 250, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.3)),
@@ -82,6 +84,9 @@ STAGES = [
     Stage("middle", 300, 8, 28, 1800, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.5, 0.3), tasks=HARDER),
     Stage("large", 280, 10, 64, 2600, 256, largest=4096, vision=0.1, lr=(0.3, 0.01), tasks=HARDER),
     Stage("longer", 120, 12, 48, 2400, 256, several=0.2, compared=0.1, vision=0.1, lr=(0.2, 0.01), tasks=HARDER),
+    Stage("names", 240, 3, 12, 600, 160, several=0.15, compared=0.35, vision=0.1, lr=(0.5, 0.4), tasks=NAMES),
+    Stage("again", 240, 6, 28, 1500, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.4, 0.25), tasks=HARDER),
+    Stage("last", 420, 8, 64, 2400, 256, 0.2, 0.15, largest=4096, vision=0.1, lr=(0.25, 0.005), tasks=HARDER),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20

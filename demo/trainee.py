@@ -15,7 +15,8 @@ from model.config import parse_config
 from model.decoder import Model
 from model.rope import prompt_positions
 
-RETRIEVES = 3  # the layer whose heads, one of each group, are told where the evidence lies
+RETRIEVES = 3  # the layer whose heads, one of each group and the last, are told where the evidence lies
+TWINS = 1  # the layer whose last head is told, on a board that is shown again, where each cell was the first time
 SIZES = {  # hidden_size is heads x 32, as transformers wants it
     "small": dict(layers=8, heads=8, kv_heads=4, mlp=384, vision=128),  # 12 MB in bf16
     "large": dict(layers=8, heads=12, kv_heads=4, mlp=512, vision=160),
@@ -125,22 +126,43 @@ class Trainee(nn.Module):
         """Logits (M, vocab) at the M labelled tokens, and the auxiliary losses."""
         seen, losses = self.see(batch)
 
-        def watch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> None:
-            losses["evidence"] = surprise(q, k, mask, batch.evidence, batch.reads)
-            losses.update(self.readings(v[:, :, : len(batch.prefix)][:, :, batch.prefix == IMAGE], batch))
+        def watch(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> None:
+            prefix = len(batch.prefix)
+            if layer == RETRIEVES:
+                losses["evidence"] = surprise(q[:, :, prefix:], k, mask, batch.evidence, batch.reads)
+                losses.update(self.readings(v, batch))
+            if layer == TWINS and (batch.twin >= 0).any():
+                losses["twin"] = twin_surprise(q[:, -1, :prefix], k[:, -1, :prefix], batch.twin)
 
         states = answer_states(self.model, self.embed.table(), seen, batch, watch)
         return F.linear(states, self.head.table()), losses
 
     def readings(self, v: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Losses of what each retrieving head would say if it looked at one cell alone: v (B, H, cells, D)."""
+        """Losses of what each retrieving head would say if it looked at one cell alone, or at one key in a question.
+
+        Args:
+            v: (B, H, P + T, D) values of all tokens.
+        """
         out = self.model.layers[RETRIEVES].self_attn.o_proj.weight  # (C, Hq * D)
-        out = rearrange(out, "c (h g d) -> g h d c", h=v.shape[1], d=v.shape[3])[0]
-        said = dict(zip(READS, rearrange(v @ out, "b h n c -> h (b n) c"), strict=True))
+        out = rearrange(out, "c (q d) -> q d c", d=v.shape[3])
+        groups, heads = reading_heads(len(out), v.shape[1])
+        cells, asked = v[:, :, : len(batch.prefix)][:, :, batch.prefix == IMAGE], v[:, -1, len(batch.prefix) :]
+        said = {
+            kind: rearrange(cells[:, group] @ out[head], "b n c -> (b n) c")
+            for kind, group, head in zip(READS, groups, heads, strict=True)
+        }
+        keys = (batch.ids >= KEY_TOKENS.start) & (batch.ids < KEY_TOKENS.stop) & (batch.question >= 0)
+        said["word"] = asked[keys] @ out[-1]
+        number = batch.ids[keys] - KEY_TOKENS.start
+        word = torch.stack([number // len(bd.GLYPHS), number % len(bd.GLYPHS)], 1)
         losses = {}
-        for kind in ("value", "right", "down"):
+        for kind, target in (
+            *((kind, batch.cells[kind]) for kind in ("value", "right", "down")),
+            ("name", batch.cells["key"]),
+            ("word", word),
+        ):
             logits = self.head.glyph_logits(said[kind])
-            losses[f"say {kind}"] = F.cross_entropy(logits.flatten(0, 1), batch.cells[kind].flatten())
+            losses[f"say {kind}"] = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         for kind, words in (("colour", COLOURS), ("board", BOARDS)):
             losses[f"say {kind}"] = F.cross_entropy(said["paper"] @ self.head.rest[words].T, batch.cells[kind][:, 0])
         return losses
@@ -161,7 +183,7 @@ def answer_states(
     Args:
         table: (vocab, C) input embeddings.
         seen: (B * n * R * C, C) visual embeddings.
-        watch: called in layer RETRIEVES with the questions' q, all k and v, and the questions' mask.
+        watch: called in every layer with its number, q, k and v of all tokens, and the questions' mask.
     """
     size, prefix = len(batch.ids), len(batch.prefix)
     ids = torch.cat([batch.prefix.expand(size, -1), batch.ids], 1)
@@ -175,30 +197,44 @@ def answer_states(
     own = batch.question[:, :, None] == batch.question[:, None]
     own &= torch.ones_like(own[0]).tril()
     mask = torch.cat([own.new_ones(*own.shape[:2], prefix), own], 2)[:, None]  # (B, 1, T, P + T)
-    kv = [partial(attend, prefix=prefix, mask=mask)] * len(model.layers)
-    if watch:
 
-        def watched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            watch(q[:, :, prefix:], k, v, mask)
-            return attend(q, k, v, prefix, mask)
+    def layer_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if watch:
+            watch(layer, q, k, v, mask)
+        return attend(q, k, v, prefix, mask)
 
-        kv[RETRIEVES] = watched
+    kv = [partial(layer_attention, i) for i in range(len(model.layers))]
     hidden = model(x, positions, kv)[:, prefix:]
     return hidden[batch.labels >= 0]
 
 
+def reading_heads(query_heads: int, kv_heads: int) -> tuple[list[int], list[int]]:
+    """For each of READS its KV head and its query head: the first of each group, and the last of the last group."""
+    group = query_heads // kv_heads
+    return [*range(kv_heads), kv_heads - 1], [*range(0, query_heads, group), query_heads - 1]
+
+
 def surprise(q: Tensor, k: Tensor, mask: Tensor, evidence: Tensor, reads: Tensor) -> Tensor:
-    """Mean negative log attention on the evidence, of the first head of the group that is to read it.
+    """Mean negative log attention on the evidence, of the head that is to read it.
 
     Args:
         q: (B, Hq, T, D). k: (B, H, S, D). mask: (B, 1, T, S) bool.
-        evidence: (B, T) the column to look at; -1: any. reads: (B, T) the group.
+        evidence: (B, T) the column to look at; -1: any. reads: (B, T) index into READS.
     """
-    first = q[:, :: q.shape[1] // k.shape[1]]
-    logits = (first @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
+    groups, heads = reading_heads(q.shape[1], k.shape[1])
+    logits = (q[:, heads] @ k[:, groups].mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
     b, t = (evidence >= 0).nonzero(as_tuple=True)
     logits = logits[b, reads[b, t], t]  # (M, S)
     return F.cross_entropy(logits, evidence[b, t])
+
+
+def twin_surprise(q: Tensor, k: Tensor, twin: Tensor) -> Tensor:
+    """Mean negative log attention, causal, of every cell on its twin: q, k (B, P, D), twin (P,); -1: it has none."""
+    rows = (twin >= 0).nonzero()[:, 0]
+    logits = q[:, rows] @ k.mT * q.shape[-1] ** -0.5  # (B, M, P)
+    later = torch.arange(len(twin), device=twin.device) > rows[:, None]
+    logits = logits.masked_fill(later, float("-inf"))
+    return F.cross_entropy(logits.flatten(0, 1), twin[rows].repeat(len(q)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, prefix: int, mask: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from demo import train
 from demo.batches import COMPARED, IMAGE, READS, SEVERAL, SINGLE, Scene, evidence_of, make_batch
 from demo.evaluate import answer_logits, evaluate, exact, interval, table
 from demo.muon import Muon, orthogonalise
-from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise
-from demo.vocabulary import VOCABULARY, encode
+from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise, twin_surprise
+from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode
 from model import Processor, from_pretrained
 
 TINY = dict(layers=4, heads=4, kv_heads=4, mlp=48, vision=32)
@@ -74,8 +74,10 @@ def says(boards: list[bd.Board], cell: bd.Cell, kind: str) -> set[str]:
     """What can be read off a cell."""
     b, r, c = cell
     board = boards[b]
-    if kind == "paper":  # also tells which cell changed
-        return {list(bd.COLOURS)[board.colours[r, c]], str(b + 1), bd.name(board.keys[r, c])}
+    if kind == "paper":
+        return {list(bd.COLOURS)[board.colours[r, c]], str(b + 1)}
+    if kind == "name":
+        return {bd.name(board.keys[r, c])}
     r, c = r + (kind == "down"), c + (kind == "right")
     if kind == "value":
         return {bd.name(board.values[r, c])}
@@ -93,61 +95,102 @@ def test_every_word_of_an_answer_is_in_the_question_or_on_its_evidence(task):
         words, read = question.answer.split(), evidence_of(question)
         assert len(read) == len(words) + 1 and read[-1] is None
         for word, source in zip(words, read, strict=False):
+            asked = question.text.replace("?", "").replace(".", "").split()
             if source is None:
-                assert word in question.text.replace("?", "").replace(".", "").split()
+                assert word in asked
+            elif isinstance(source[0], int):
+                assert READS[source[1]] == "name"
+                assert word == [key for key in asked if key in bd.KEYS][source[0]]
             else:
                 assert word in says(boards, source[0], READS[source[1]])
 
 
-@pytest.mark.parametrize("scene, tasks", [(Scene(3, 4), SINGLE), (Scene(2, 3, 3), SEVERAL)])
+@pytest.mark.parametrize(
+    "scene, tasks",
+    [(Scene(3, 4), SINGLE), (Scene(2, 3, 3), SEVERAL), (Scene(2, 3), {"lookups": 1}), (Scene(2, 3, 2, True), COMPARED)],
+)
 def test_evidence_is_a_cell_of_the_packed_prompt(scene, tasks):
-    """The cell's own targets, found through the place in the prefix, name the labelled token."""
+    """The cell's own targets, found through the place in the prefix, name the labelled token; so does a read word."""
     batch = make_batch(bd.rng_for("train", 3), scene, 3, tasks, 120)
     order = torch.full((len(batch.prefix),), -1)
     order[batch.prefix == IMAGE] = torch.arange(scene.cells)
     b, t = (batch.evidence >= 0).nonzero(as_tuple=True)
     assert len(b) > 20
     for sample, token in zip(b.tolist(), t.tolist(), strict=True):
-        cell = sample * scene.cells + int(order[batch.evidence[sample, token]])
         kind, label = READS[batch.reads[sample, token]], int(batch.labels[sample, token])
+        word = int(batch.evidence[sample, token]) - len(batch.prefix)
+        if word >= 0:
+            assert kind == "name" and label == batch.ids[sample, word] and word <= token
+            assert batch.question[sample, word] == batch.question[sample, token]
+            continue
+        cell = sample * scene.cells + int(order[batch.evidence[sample, token]])
         if kind == "paper":
             assert label in (COLOURS[batch.cells["colour"][cell, 0]], BOARDS[batch.cells["board"][cell, 0]])
             continue
-        first, second = batch.cells[kind][cell].tolist()
+        first, second = batch.cells["key" if kind == "name" else kind][cell].tolist()
         key = bd.END if first == len(bd.GLYPHS) else bd.GLYPHS[first] + bd.GLYPHS[second]
         assert [label] == encode(f" {key}")
+
+
+def test_a_twin_is_the_same_cell_on_the_first_board():
+    batch = make_batch(bd.rng_for("train", 5), Scene(3, 4, 2, True), 2, COMPARED, 60)
+    cells = (batch.prefix == IMAGE).nonzero()[:, 0]
+    assert batch.twin[cells[12:]].tolist() == cells[:12].tolist()
+    assert (batch.twin >= 0).sum() == 12
+    q, k = torch.randn(2, 2, len(batch.prefix), 8)
+    wanted = [
+        -(q[b, row] @ k[b, : row + 1].T / 8**0.5).log_softmax(0)[batch.twin[row]]
+        for b in range(2)
+        for row in cells[12:]
+    ]
+    torch.testing.assert_close(twin_surprise(q, k, batch.twin), torch.stack(wanted).mean())
+    assert (make_batch(bd.rng_for("train", 5), Scene(3, 4, 2), 1, SEVERAL, 60).twin < 0).all()
 
 
 def test_surprise_is_the_negative_log_attention_on_the_evidence():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 6, 4, 8, generator=generator), torch.randn(2, 3, 9, 8, generator=generator)
     mask = torch.rand(2, 1, 4, 9, generator=generator) < 0.8
-    evidence, reads = torch.tensor([[-1, 2, 0, -1], [5, -1, -1, 1]]), torch.tensor([[0, 1, 2, 0], [2, 0, 0, 1]])
+    # KV heads 0, 1 and 2 are read by query heads 0, 2 and 4, and the last by the last query head, too
+    evidence, reads = torch.tensor([[-1, 2, 0, -1], [5, -1, 3, 1]]), torch.tensor([[0, 1, 2, 0], [2, 0, 3, 1]])
     wanted = []
     for b, t in (evidence >= 0).nonzero().tolist():
         mask[b, 0, t, evidence[b, t]] = True
-        logits = q[b, 2 * reads[b, t], t] @ k[b, reads[b, t]].T / 8**0.5
+        head, group = ((0, 0), (2, 1), (4, 2), (5, 2))[reads[b, t]]
+        logits = q[b, head, t] @ k[b, group].T / 8**0.5
         wanted.append(-logits[mask[b, 0, t]].log_softmax(0)[mask[b, 0, t, : evidence[b, t]].sum()])
     torch.testing.assert_close(surprise(q, k, mask, evidence, reads), torch.stack(wanted).mean())
 
 
 def test_readings_are_what_a_head_writes_that_looks_at_one_cell():
-    """Against the layer's own output projection, with the values of one cell in one head and zeros in the others."""
+    """Against the layer's own output projection, with the values of one token in one head and zeros in the others."""
     batch = make_batch(bd.rng_for("train", 2), Scene(2, 2), 1, {"lookup": 1}, 40)
     student = Trainee(config(layers=4, heads=8, kv_heads=4, mlp=48, vision=32))
     o_proj = student.model.layers[RETRIEVES].self_attn.o_proj
     torch.nn.init.normal_(o_proj.weight, std=0.1)
-    v = torch.randn(1, 4, 4, 32)  # (B, H, cells, D)
+    v = torch.randn(1, 4, len(batch.prefix) + 40, 32)  # (B, H, T, D)
     losses = student.readings(v, batch)
-    for kind, group in (("value", 0), ("right", 1), ("down", 2)):
-        heads = torch.zeros(4, 8, 32)
-        heads[:, 2 * group] = v[0, group]
-        logits = student.head.glyph_logits(o_proj(heads.flatten(1))).flatten(0, 1)
-        torch.testing.assert_close(losses[f"say {kind}"], F.cross_entropy(logits, batch.cells[kind].flatten()))
-    heads = torch.zeros(4, 8, 32)
-    heads[:, 6] = v[0, 3]
-    colour = o_proj(heads.flatten(1)) @ student.head.table()[COLOURS].T
+
+    def said(head: int, values: torch.Tensor) -> torch.Tensor:
+        heads = torch.zeros(len(values), 8, 32)
+        heads[:, head] = values
+        return o_proj(heads.flatten(1))
+
+    cells = v[0][:, : len(batch.prefix)][:, batch.prefix == IMAGE]
+    for kind, group, head, target in (
+        ("value", 0, 0, "value"),
+        ("right", 1, 2, "right"),
+        ("down", 2, 4, "down"),
+        ("name", 3, 7, "key"),
+    ):
+        logits = student.head.glyph_logits(said(head, cells[group])).flatten(0, 1)
+        torch.testing.assert_close(losses[f"say {kind}"], F.cross_entropy(logits, batch.cells[target].flatten()))
+    colour = said(6, cells[3]) @ student.head.table()[COLOURS].T
     torch.testing.assert_close(losses["say colour"], F.cross_entropy(colour, batch.cells["colour"][:, 0]))
+    words = (batch.question[0] >= 0) & torch.tensor([int(i) in KEY_TOKENS for i in batch.ids[0]])
+    glyphs = torch.tensor([divmod(int(i) - KEY_TOKENS.start, len(bd.GLYPHS)) for i in batch.ids[0, words]])
+    logits = student.head.glyph_logits(said(7, v[0, 3, len(batch.prefix) :][words])).flatten(0, 1)
+    torch.testing.assert_close(losses["say word"], F.cross_entropy(logits, glyphs.flatten()))
 
 
 def test_the_exported_processor_makes_the_prompts_of_training(trainee, tmp_path):
