@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 SKETCH_FLOOR = 32  # a quarter of head_dim is too coarse for heads of 64 (SmolLM2) and 32 (the bundled model)
 
+WORD = 4  # dimensions of a key sketch that share an int32
+
 CHOICES = {
     "classifier": ("ranks", "peaks", "threshold", "profile", "random", "reversed"),
     "head_weight": ("uniform", "context"),
@@ -37,8 +39,8 @@ class HybridConfig:
             keys themselves and is charged what the sketch would cost (see `retrieve`).
         group: how a KV head's query heads agree on a chunk: `mean` or `max` of the shares they would give it.
         tiles: a picture's chunks are tiles, 4 x 4 tokens for a page of 16, instead of runs of its raster lines.
-        sketch_rank: dimensions of the int8 key sketch; None takes SKETCH_FLOOR, but at least a quarter
-            and at most half of head_dim.
+        sketch_rank: dimensions of the int8 key sketch, a multiple of 4; None takes SKETCH_FLOOR, but at least a quarter
+            and at most half of head_dim, rounded up.
         window: the prompt's last text queries that the profile looks at.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
@@ -84,7 +86,8 @@ class HybridConfig:
         check(0 <= self.dynamic_share <= 1, f"dynamic_share must lie in [0, 1], got {self.dynamic_share}")
         check(0 <= self.threshold <= 1, f"threshold must lie in [0, 1], got {self.threshold}")
         check(self.dynamic_weight > 0, f"dynamic_weight must be positive, got {self.dynamic_weight}")
-        check(self.sketch_rank is None or self.sketch_rank > 0, f"sketch_rank must be positive, got {self.sketch_rank}")
+        rank = WORD if self.sketch_rank is None else self.sketch_rank
+        check(rank > 0 and rank % WORD == 0, f"sketch_rank must be a positive multiple of {WORD}, got {rank}")
         check(self.window > 0, f"window must be positive, got {self.window}")
         check(0 < self.top_share <= 1, f"top_share must lie in (0, 1], got {self.top_share}")
         for name in ("pool", "pool_side"):
@@ -94,7 +97,8 @@ class HybridConfig:
 
     def rank(self, head_dim: int) -> int:
         """Dimensions of the key sketch for keys of `head_dim`."""
-        rank = self.sketch_rank or max(1, head_dim // 4, min(SKETCH_FLOOR, head_dim // 2))
+        rank = self.sketch_rank or max(head_dim // 4, min(SKETCH_FLOOR, head_dim // 2))
+        rank = -(-rank // WORD) * WORD
         if rank > head_dim:
-            raise ValueError(f"sketch_rank {rank} is above head_dim {head_dim}")
+            raise ValueError(f"a sketch_rank of {rank} is above head_dim {head_dim}")
         return rank

@@ -127,7 +127,8 @@ def test_nothing_of_the_size_of_the_pool_is_allocated(generated_code):
         for shape in re.findall(r"empty_strided\w*\(\(([\d, ]*)\)", code)
     ]
     assert len(sizes) > 10
-    assert max(sizes) < cache.summary.sketch.numel() < cache.keys.numel()
+    coordinates = 4 * cache.summary.sketch.numel()  # four in a word
+    assert max(sizes) < coordinates < cache.keys.numel()
     assert "clone(" not in code.split("async_compile.wait")[1]
 
 

@@ -17,10 +17,14 @@ from hybridkv.retrieve import (
     bound_scores,
     encode,
     fit_sketch,
+    from_words,
+    fused_matmul,
     pack_sketch,
     select,
     sketch_scores,
     tile_order,
+    to_words,
+    unpacked_matmul,
 )
 from tests.lab import configs, prompts, random_prefill, shapes
 
@@ -219,7 +223,7 @@ def test_nothing_to_prune_needs_the_full_cache():
     "wrong",
     [
         dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48),
-        dict(dynamic_share=1.5), dict(threshold=-1), dict(dynamic_weight=0), dict(sketch_rank=0),
+        dict(dynamic_share=1.5), dict(threshold=-1), dict(dynamic_weight=0), dict(sketch_rank=0), dict(sketch_rank=6),
         dict(window=0), dict(top_share=0), dict(pool=4), dict(pool_side=2), dict(sinks=-1),
         dict(classifier="guess"), dict(score="sum"), dict(head_weight="none"), dict(retrieval="all"), dict(group="sum"),
     ],
@@ -231,7 +235,7 @@ def test_configurations_that_make_no_sense(wrong):
 
 
 def test_a_sketch_can_not_have_more_dimensions_than_the_keys():
-    with pytest.raises(ValueError, match="sketch_rank 64 is above head_dim 32"):
+    with pytest.raises(ValueError, match="sketch_rank of 64 is above head_dim 32"):
         HybridConfig(sketch_rank=64).rank(32)
 
 
@@ -297,16 +301,36 @@ def test_a_full_rank_sketch_is_a_rotation(lanes, tokens, dim, seed):
     assert ((back - k @ basis).abs() <= step[:, None] * 0.5001 + 1e-5).all()
 
 
+def test_words_hold_four_bytes():
+    z = torch.randint(-128, 128, (5, 3, 12)).to(torch.int8)
+    words = to_words(z)
+    assert words.shape == (5, 3, 3) and words.dtype == torch.int32
+    assert torch.equal(words, z.contiguous().view(torch.int32))  # on a little-endian machine: the bytes as they lie
+    for j in range(4):
+        assert torch.equal(from_words(words, j), z[..., j::4].float())
+
+
+@examples
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_both_ways_to_multiply_with_a_sketch_agree(lanes, group, chunks, words, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(lanes, group, words, generator=generator)
+    z = torch.randint(-127, 128, (lanes, chunks, words, 16), generator=generator).float()
+    # Sums of at most 9 products, each below 127 |q|, in another order.
+    bound = 2 * words**2 * torch.finfo(torch.float32).eps * 127 * float(q.abs().max())
+    torch.testing.assert_close(unpacked_matmul(q, z), fused_matmul(q, z), atol=bound, rtol=0)
+
+
 @examples
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 12), st.sampled_from([16, 32]), st.integers(0, 99))
 def test_sketch_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group, chunks, page_size, seed):
     generator = torch.Generator().manual_seed(seed)
-    dim, rank, tokens = 16, 4, chunks * page_size
+    dim, rank, tokens = 16, 8, chunks * page_size
     q = torch.randn(lanes, group, dim, generator=generator)
     k = torch.randn(lanes, tokens, dim, generator=generator)
     basis, offset, step = fit_sketch(k, rank)
     z = encode(k, basis, offset, step)
-    pool = torch.zeros(1 + lanes * chunks, rank, page_size, dtype=torch.int8)
+    pool = torch.zeros(1 + lanes * chunks, rank // 4, page_size, dtype=torch.int32)
     table = torch.randperm(lanes * chunks, generator=generator).view(lanes, chunks) + 1
     for lane in range(lanes):
         pool[table[lane]] = pack_sketch(z[lane], page_size)
