@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.attention import attend_pages
-from hybridkv.pack import lane_tokens, place
+from hybridkv.pack import Placement, lane_tokens, place
 from hybridkv.pages import Capacity
 from hybridkv.plan import Costs, Plan, full_bytes
 from hybridkv.profile import Prefill
@@ -168,8 +168,18 @@ class HybridCache(nn.Module):
             prefills, plans: one for each sequence of the batch.
             new_tokens: tokens that may be generated; room for them is checked here.
         """
-        if len(prefills) != self.batch or len(plans) != self.batch:
-            raise ValueError(f"a cache for {self.batch} sequences got {len(prefills)} prefills, {len(plans)} plans")
+        if len(prefills) != self.batch:
+            raise ValueError(f"a cache for {self.batch} sequences got {len(prefills)} prefills")
+        placement = self.reserve(plans, new_tokens)
+        for layer in range(len(prefills[0].layers)):
+            for b, prefill in enumerate(prefills):
+                self.pack(placement, b, prefill, layer)
+
+    @torch.no_grad()
+    def reserve(self, plans: list[Plan], new_tokens: int) -> Placement:
+        """Makes room for prompts and sets all tables; `pack` then fills in what the pages hold, layer by layer."""
+        if len(plans) != self.batch:
+            raise ValueError(f"a cache for {self.batch} sequences got {len(plans)} plans")
         if not self.capacity.covers(Capacity.of(plans, new_tokens)):
             raise ValueError("these prompts do not fit: make a cache with Capacity.of(plans, new_tokens)")
         placement = place(plans, self.capacity)
@@ -180,26 +190,22 @@ class HybridCache(nn.Module):
             getattr(self, name).copy_(rearrange(getattr(placement, name), "l b h ... -> l (b h) ..."))
         self.next_page.copy_(torch.tensor(placement.next_page))
         self._note_tails()
-        for layer in range(len(prefills[0].layers)):
-            for b, (prefill, plan) in enumerate(zip(prefills, plans, strict=True)):
-                tables = (table[layer, b] for table in (placement.chunks, placement.tail, placement.row))
-                self._pack(prefill, plan, layer, placement.slots[layer][b], *tables)
         self._loaded, self._prompt_pages = list(plans), placement.next_page
+        return placement
 
-    def _pack(
-        self,
-        prefill: Prefill,
-        plan: Plan,
-        layer: int,
-        slots: list[Tensor],
-        chunks: Tensor,
-        tail: Tensor,
-        row: Tensor,
-    ) -> None:
-        """Copies one layer of one prompt into its slots and sums up its chunks; forgets the dense keys and values."""
-        profile, device = prefill.layers[layer], self.keys.device
+    @torch.no_grad()
+    def pack(self, placement: Placement, b: int, prefill: Prefill, layer: int, order: Tensor | None = None) -> None:
+        """Copies one layer of prompt `b` into its slots and sums up its chunks; forgets the dense keys and values.
+
+        Args:
+            placement: what `reserve` returned.
+            order: (H, T) tokens from the most to the least worth keeping, if the plan does not know them.
+        """
+        plan, profile, device = self._loaded[b], prefill.layers[layer], self.keys.device
+        chunks, tail, row = (table[layer, b] for table in (placement.chunks, placement.tail, placement.row))
+        slots = placement.slots[layer][b]
         prefill.layers[layer] = None
-        tokens = lane_tokens(plan, layer)
+        tokens = lane_tokens(plan, layer, order)
         head = torch.repeat_interleave(torch.arange(self.heads), torch.tensor([len(t) for t in tokens])).to(device)
         token, slot = torch.cat(tokens).to(device), torch.cat(slots).to(device)
         self.keys.index_copy_(2, slot, profile.k[head, token][None, None])

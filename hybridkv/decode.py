@@ -11,6 +11,7 @@ where prompts have `input_ids` (T,) and `prunable` (T,), and perhaps `spans` (wh
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import FunctionType
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from hybridkv.cache import CacheBytes, HybridCache
 from hybridkv.config import HybridConfig
 from hybridkv.dense import DenseCache
+from hybridkv.head_profile import HeadProfile
+from hybridkv.pack import Placement
 from hybridkv.pages import Capacity, bucket
-from hybridkv.plan import Plan, full_plan
+from hybridkv.plan import Plan, full_plan, known_plan, layer_order
 from hybridkv.policies import POLICIES
-from hybridkv.profile import Prefill
+from hybridkv.profile import Prefill, outline
 from hybridkv.sampling import Sampling, sample
 
 
@@ -129,19 +132,15 @@ class Engine:
         self, prompts: Sequence, on_layer: Callable[[], None] | None = None
     ) -> tuple[list[Prefill], Tensor, list[int]]:
         """Reads the prompts one by one: their records, the next token's logits (B, V) and positions."""
-        prefills, logits, positions = [], [], []
-        for prompt in prompts:
-            prefills.append(Prefill(prompt.prunable, self.config, on_layer, getattr(prompt, "spans", ())))
-            last, position = self.model.prefill(prompt, prefills[-1])
-            logits.append(last)
-            positions.append(position)
-        return prefills, torch.cat(logits), positions
+        prefills = [Prefill(p.prunable, self.config, on_layer, getattr(p, "spans", ())) for p in prompts]
+        read = [self.model.prefill(prompt, prefill) for prompt, prefill in zip(prompts, prefills, strict=True)]
+        logits, positions = zip(*read, strict=True)
+        return prefills, torch.cat(logits), list(positions)
 
     def load(self, prefills: list[Prefill], new_tokens: int) -> None:
         """Plans and packs the prompts; makes a new cache only if the last one can't hold them."""
-        batch = len(prefills)
         if self.policy == "dense":
-            slots = max(len(p.prunable) for p in prefills) + new_tokens
+            slots, batch = max(len(p.prunable) for p in prefills) + new_tokens, len(prefills)
             if not self.cache or self.cache.slots < slots or len(self.cache.length) != batch:
                 self.cache = None
                 self.cache = DenseCache(slots, batch, prefills[0])
@@ -151,12 +150,61 @@ class Engine:
             return
         make_plan = self.policy if callable(self.policy) else POLICIES[self.policy]
         plans = [make_plan(p) for p in prefills]
-        capacity = Capacity.of(plans, new_tokens)
-        if not self.cache or self.cache.batch != batch or not self.cache.capacity.covers(capacity):
-            self.cache = None  # free the old pool before the new one is made
-            self.cache = HybridCache(capacity, batch, prefills[0])
-            self._compile()
+        self._make_room(plans, new_tokens, prefills[0])
         self.cache.load(prefills, plans, new_tokens)
+
+    @property
+    def plans_ahead(self) -> bool:
+        """Whether prompts can be planned before they are read: an offline profile knows the heads."""
+        config = self.config
+        return self.policy == "hybridkv" and config.classifier == "profile" and config.head_weight == "uniform"
+
+    def prefill_into_cache(
+        self, prompts: Sequence, new_tokens: int, on_layer: Callable[[], None] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """`prefill` and `load` in one, for prompts that can be planned ahead: each layer is packed as it is read.
+
+        Beside the cache, only one layer of one prompt is ever held in full.
+
+        Returns:
+            the next token's logits (B, V) and positions.
+
+        Raises:
+            ValueError: the head profile is for another model.
+        """
+        layers = len(HeadProfile.load(self.config.head_profile).need)
+        placement: Placement | None = None
+
+        def pack(b: int) -> None:
+            nonlocal placement
+            prefill, layer = prefills[b], len(prefills[b].layers) - 1
+            if layer >= layers:
+                raise ValueError(f"{self.config.head_profile} profiles {layers} layers, this model has more")
+            if placement is None:
+                outlines = [outline(p.prunable, self.config, layers, prefill.layers[0], p.spans) for p in prefills]
+                plans = [known_plan(record) for record in outlines]
+                self._make_room(plans, new_tokens, outlines[0])
+                placement = self.cache.reserve(plans, new_tokens)
+            self.cache.pack(placement, b, prefill, layer, layer_order(prefill, layer))
+            if on_layer:
+                on_layer()
+
+        prefills = [
+            Prefill(p.prunable, self.config, partial(pack, b), getattr(p, "spans", ())) for b, p in enumerate(prompts)
+        ]
+        read = [self.model.prefill(prompt, prefill) for prompt, prefill in zip(prompts, prefills, strict=True)]
+        if len(prefills[0].layers) < layers:
+            raise ValueError(f"{self.config.head_profile} profiles {layers} layers, this model has fewer")
+        logits, positions = zip(*read, strict=True)
+        return torch.cat(logits), list(positions)
+
+    def _make_room(self, plans: list[Plan], new_tokens: int, like: Prefill) -> None:
+        """A paged cache that can hold these plans: the one that is there, or a new one."""
+        capacity = Capacity.of(plans, new_tokens)
+        if not self.cache or self.cache.batch != len(plans) or not self.cache.capacity.covers(capacity):
+            self.cache = None  # free the old pool before the new one is made
+            self.cache = HybridCache(capacity, len(plans), like)
+            self._compile()
         self._count_heads(plans)
 
     def _count_heads(self, plans: list[Plan]) -> None:
@@ -189,8 +237,11 @@ class Engine:
         if not batch or len(limits) != batch or min(limits) < 1:
             raise ValueError("stream wants at least one prompt, and at least one new token for each")
         start, self.stats = time.perf_counter(), Stats()
-        prefills, logits, positions = self.prefill(prompts, on_layer)
-        self.load(prefills, max(limits))
+        if self.plans_ahead:
+            logits, positions = self.prefill_into_cache(prompts, max(limits), on_layer)
+        else:
+            prefills, logits, positions = self.prefill(prompts, on_layer)
+            self.load(prefills, max(limits))
         self.begin(positions, max(limits), sampling, logits.device)
         token = self.state.choose(logits, self.greedy)
         times, alive, begun = [], list(range(batch)), start

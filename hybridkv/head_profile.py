@@ -32,15 +32,17 @@ class HeadProfile:
         file.write_text(json.dumps(row) + "\n", encoding="utf-8")
 
     @staticmethod
-    def load(file: str | Path | None, shape: tuple[int, int]) -> "HeadProfile":
-        """The profile in a file, which must be for a model of `shape` (layers, H).
+    def load(file: str | Path | None, shape: tuple[int, int] | None = None) -> "HeadProfile":
+        """The profile in a file, which must be for a model of `shape` (layers, H), if that is known.
 
         Raises:
             ValueError: no file, not a profile, or of another shape.
         """
         if file is None:
             raise ValueError("this needs an offline head profile: make one with python -m hybridkv.calibrate")
-        profile = _read(Path(file))
+        file = Path(file)
+        profile = _read(file, file.stat().st_mtime_ns if file.exists() else 0)
+        shape = shape or profile.need.shape
         if profile.need.shape != tuple(shape) or profile.visual.shape != tuple(shape):
             raise ValueError(
                 f"{file} profiles {tuple(profile.need.shape)} layers and KV heads, this model has {tuple(shape)}"
@@ -49,7 +51,8 @@ class HeadProfile:
 
 
 @lru_cache(maxsize=8)
-def _read(file: Path) -> HeadProfile:
+def _read(file: Path, _changed: int) -> HeadProfile:
+    """Once for every state of the file: each prompt's plan asks for it."""
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
         need, visual = (torch.tensor(row[key], dtype=torch.float32) for key in ("need", "visual"))

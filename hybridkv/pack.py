@@ -57,9 +57,15 @@ def place(plans: list[Plan], capacity: Capacity) -> Placement:
     return Placement(fixed, chunks, tail, row, (store, rest), slots)
 
 
-def lane_tokens(plan: Plan, layer: int) -> list[Tensor]:
-    """Which prompt tokens each lane of a layer stores, in the order of its slots: chunks, fixed pages, tail page."""
-    size, device = plan.page_size, plan.order[layer].device if plan.order else torch.device("cpu")
+def lane_tokens(plan: Plan, layer: int, order: Tensor | None = None) -> list[Tensor]:
+    """Which prompt tokens each lane of a layer stores, in the order of its slots: chunks, fixed pages, tail page.
+
+    Args:
+        order: (H, T) tokens from the most to the least worth keeping, for a plan that does not know them.
+    """
+    if plan.order:
+        order = plan.order[layer]
+    size, device = plan.page_size, torch.device("cpu") if order is None else order.device
     prunable = plan.prunable.to(device)
     everything = torch.arange(plan.tokens, device=device)
     in_chunks = plan.lane_chunks * size
@@ -76,5 +82,5 @@ def lane_tokens(plan: Plan, layer: int) -> list[Tensor]:
         elif whole:
             tokens.append(everything)
         else:
-            tokens.append(plan.order[layer][head, : pages * size].sort().values)
+            tokens.append(order[head, : pages * size].sort().values)
     return tokens

@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridkv.budget import BudgetError, allocate
 from hybridkv.classify import classify
 from hybridkv.config import HybridConfig
-from hybridkv.profile import Prefill
+from hybridkv.profile import LayerProfile, Prefill
 from hybridkv.prune import keep_order, pooled
 from hybridkv.retrieve import tile_order
 
@@ -151,23 +151,38 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     return budgeted_plan(prefill, classify(looked, overlap, prefill.config), static_scores(prefill), weight)
 
 
+def known_plan(prefill: Prefill) -> Plan:
+    """`hybrid_plan` from a prompt's `outline`, for heads that an offline profile classifies.
+
+    All but the order of the tokens, which `layer_order` gives once a layer is read.
+    """
+    unknown = torch.zeros(len(prefill.layers), len(prefill.layers[0].k))
+    return budgeted_plan(prefill, classify(unknown, unknown, prefill.config))
+
+
+def layer_order(prefill: Prefill, layer: int) -> Tensor:
+    """Tokens of a layer's heads from the most to the least worth keeping, (H, T)."""
+    (score,) = static_scores(prefill, [prefill.layers[layer]])
+    return keep_order(score, prefill.prunable)
+
+
 def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     """What the prompt's profile says of every head: mean and peak context mass, and overlap, (layers, H) on the CPU."""
     names = ("context_mass", "peak_mass", "overlap")
     return tuple(torch.stack([getattr(layer, name) for layer in prefill.layers]).cpu() for name in names)
 
 
-def neighbourhood_scores(prefill: Prefill, reduce: str) -> list[Tensor]:
+def neighbourhood_scores(prefill: Prefill, reduce: str, layers: Sequence[LayerProfile] = ()) -> list[Tensor]:
     """The `max` or `mean` attention that the prompt's text gives to each token's neighbourhood, (H, T) a layer."""
     config = prefill.config
-    scores = (layer.score if reduce == "max" else layer.mean_score for layer in prefill.layers)
+    scores = (layer.score if reduce == "max" else layer.mean_score for layer in layers or prefill.layers)
     masked = (score.masked_fill(~prefill.prunable, 0.0) for score in scores)
     return [pooled(score, config.pool, config.pool_side, prefill.spans) for score in masked]
 
 
-def static_scores(prefill: Prefill) -> list[Tensor]:
-    """What each token is worth to a static head, (H, T) a layer."""
-    return neighbourhood_scores(prefill, prefill.config.score)
+def static_scores(prefill: Prefill, layers: Sequence[LayerProfile] = ()) -> list[Tensor]:
+    """What each token is worth to a static head, (H, T) a layer; of some layers, or all."""
+    return neighbourhood_scores(prefill, prefill.config.score, layers)
 
 
 def budgeted_plan(

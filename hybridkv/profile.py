@@ -144,7 +144,25 @@ class Prefill:
             self.prunable = torch.arange(tokens) < tokens - self.config.window
         if self.prunable.shape != (tokens,):
             raise ValueError(f"prunable has shape {tuple(self.prunable.shape)}, the prompt has {tokens} tokens")
-        prunable = self.prunable.to(device, torch.bool).clone()
-        prunable[: self.config.sinks] = False
-        prunable[max(0, tokens - self.config.recent) :] = False
-        self.prunable = prunable
+        self.prunable = competing(self.prunable, self.config).to(device)
+
+
+def competing(prunable: Tensor, config: HybridConfig) -> Tensor:
+    """The tokens that really may be pruned, (T,) bool: sinks and the most recent ones never are."""
+    prunable = prunable.to(torch.bool, copy=True)
+    prunable[: config.sinks] = False
+    prunable[max(0, len(prunable) - config.recent) :] = False
+    return prunable
+
+
+def outline(prunable: Tensor, config: HybridConfig, layers: int, like: LayerProfile, spans: Sequence[Span]) -> Prefill:
+    """The record of a prompt before it is read: shapes without contents, enough to plan and to make room for it.
+
+    Args:
+        prunable: (T,) bool. layers: how many the model has. like: a layer of any prompt's record.
+    """
+    k = like.k.new_empty(1).expand(len(like.k), len(prunable), like.k.shape[-1])  # takes no memory
+    unknown = like.context_mass.new_zeros(len(k))
+    record = Prefill(competing(prunable, config), config, spans=spans)
+    record.layers = [LayerProfile(k, k, unknown, unknown, unknown, unknown, unknown)] * layers
+    return record

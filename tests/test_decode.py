@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Engine, HybridConfig, Sampling
+from hybridkv import Engine, HybridCache, HybridConfig, Sampling
+from hybridkv.head_profile import HeadProfile
 from hybridkv.sampling import sample
 from tests.lab import prompt
 
@@ -74,6 +75,59 @@ def test_statistics(model):
     assert stats.ttft_s > 0 and stats.ms_per_token > 0 and stats.bytes.new > 0
     list(engine.stream([prompt(600, 0)], 1))
     assert engine.stats.ms_per_token is None  # nothing to measure
+
+
+@pytest.fixture
+def profiled(tmp_path):
+    """Heads of `model`, classified offline: a configuration whose prompts can be planned before they are read."""
+
+    def config(need, **chosen) -> HybridConfig:
+        file = tmp_path / "heads.json"
+        HeadProfile(torch.tensor(need), torch.tensor(need), 1, "test").save(file)
+        return HybridConfig(budget=0.3, classifier="profile", head_profile=str(file), **chosen)
+
+    return config
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_layers_packed_as_they_are_read_give_the_same_cache(model, profiled, tiles, monkeypatch):
+    prompts = [prompt(500, 0), prompt(420, 1)]
+    config = profiled([[0.1, 0.9], [0.8, 0.2]], tiles=tiles)
+    ahead = Engine(model, config, compile=False)
+    assert ahead.plans_ahead and not Engine(model, HybridConfig(), compile=False).plans_ahead
+    tokens = ahead.generate(prompts, 20)
+    monkeypatch.setattr(Engine, "plans_ahead", False)
+    behind = Engine(model, config, compile=False)
+    assert [r.token_ids for r in behind.generate(prompts, 20)] == [r.token_ids for r in tokens]
+    assert ahead.stats.bytes == behind.stats.bytes and ahead.stats.dynamic_heads == 4
+    for (name, a), b in zip(ahead.cache.named_buffers(), behind.cache.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_only_one_layer_is_held_while_prompts_are_packed(model, profiled, monkeypatch):
+    held = []
+    pack = HybridCache.pack
+
+    def watched(cache, placement, b, prefill, layer, order):
+        held.append(sum(each is not None for each in prefill.layers))
+        pack(cache, placement, b, prefill, layer, order)
+        held.append(sum(each is not None for each in prefill.layers))
+
+    monkeypatch.setattr(HybridCache, "pack", watched)
+    layers = []
+    engine = Engine(model, profiled([[0.1, 0.9], [0.8, 0.2]]), compile=False)
+    list(engine.stream([prompt(500, 0), prompt(420, 1)], 2, on_layer=lambda: layers.append(1)))
+    assert held == [1, 0] * 4 and len(layers) == 4
+
+
+def test_a_head_profile_of_another_model_is_refused(model, profiled):
+    for need, message in (
+        ([[0.1, 0.9]], "has more"),
+        ([[0.1, 0.9]] * 3, "has fewer"),
+        ([[0.1, 0.9, 0.3]] * 2, "this model has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(model, profiled(need), compile=False).generate([prompt(500, 0)], 2)
 
 
 def test_bad_calls(model):
