@@ -1,194 +1,231 @@
-"""Milliseconds per decoding step: hybrid and full cache on pages, and the full cache as plain tensors with SDPA.
-
-All are compiled and run interleaved in one process; a row gives medians. The decoder has random weights and the shape
-that the options say; keys and values of the context are random too (a prefill would take minutes and change nothing),
-and the head mix is the configured share, so that random attention does not distort the budget.
-
-A step must at least read the weights and its share of the cache. `roofline` is the time that this takes at the
-bandwidth of a copy, measured in the same run, as a share of the step's; `at most` is the speed-up that the bytes allow.
+"""Milliseconds per decoding step of the compressed cache and of the best full caches that PyTorch can do.
 
     python -m bench.decode --contexts 8192 32768
+    python -m bench.decode --shape qwen2.5-vl-7b --dtype bfloat16 --contexts 8192 32768 --batches 1 8    # on a GPU
+
+Contenders, all on the same weights, contexts and machine, run interleaved in one process; a row gives medians:
+
+    dense         a full cache in plain tensors, read by SDPA with the group's query heads as rows; compiled
+    full          a full cache on our pages, read by FlexAttention; compiled
+    transformers  transformers' own model on its StaticCache; compiled
+    eager         transformers' own model on its DynamicCache, as `generate` runs it; --eager adds it
+    hybridkv B    the compressed cache with a budget of B; compiled
+
+Keys and values of the context are random (a prefill would take minutes and change nothing), and half of the heads are
+dynamic, so that random attention does not distort the budget.
+
+A step must at least read the weights and its share of the cache. `roofline` is the share of the step's time that this
+takes at the bandwidth of a copy, measured in the same run; `at most` is the speed-up over `dense` that the bytes allow.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from bench.common import (
+    add_model_arguments,
+    copy_bandwidth,
+    describe,
+    make_model,
+    random_prefill,
+    weight_bytes,
+    write_row,
+)
+from bench.peers import transformers_decode
+from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine, Sampling
-from hybridkv.profile import LayerProfile, Prefill
-from model.config import Config
 from model.decoder import Model
 
-COLUMNS = ("ms/step", "spread", "MB read", "GB/s", "roofline", "speed-up", "at most", "compile s")
-COPY_BYTES = 1 << 28  # far above any cache; a fast GPU copies it in a fraction of a millisecond
+COLUMNS = ("ms/step", "spread", "tokens/s", "MB read", "GB/s", "roofline", "speed-up", "at most", "compile s")
+WARM_UP = 3  # steps after the first: CUDA graphs are recorded on the second call
 
 
-def random_model(args: argparse.Namespace) -> Model:
-    cfg = Config(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.kv_heads * args.group,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        max_position_embeddings=1 << 20,
-        attention_bias=True,
-        tie_word_embeddings=True,
-    )
-    with torch.device(args.device):
-        model = Model(cfg).to(getattr(torch, args.dtype)).requires_grad_(False).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02)
-    return model
+@dataclass
+class Contender:
+    """A cache with contexts in it, and the step that reads it.
+
+    Attributes:
+        step: takes one step, (B,) tokens.
+        cache_bytes: of the contexts' cache that a step must read.
+        compile_s: seconds of the first step.
+    """
+
+    name: str
+    budget: float
+    step: Callable[[], Tensor]
+    cache_bytes: int
+    compile_s: float = 0.0
+
+    def warm_up(self) -> "Contender":
+        start = time.perf_counter()
+        self.step().tolist()
+        self.compile_s = time.perf_counter() - start
+        for _ in range(WARM_UP):
+            self.step().tolist()
+        return self
 
 
-def random_prefill(model: Model, tokens: int, config: HybridConfig) -> Prefill:
-    """The record of a prompt that was never read: random keys, values and profile, the last 64 tokens not prunable."""
+def plain_bytes(model: Model, context: int, batch: int) -> int:
+    """Keys and values of a full cache without pages."""
     cfg = model.cfg
-    prefill = Prefill(torch.arange(tokens, device=model.device) < tokens - 64, config)
-    for _ in range(cfg.num_hidden_layers):
-        k, v = torch.randn(2, cfg.num_key_value_heads, tokens, cfg.head_dim, device=model.device, dtype=model.dtype)
-        score, (mass, overlap) = torch.rand(k.shape[:2], device=k.device), torch.rand(2, len(k), device=k.device)
-        prefill.layers.append(LayerProfile(k, v, score, score, mass, mass, overlap))
-    return prefill
+    token = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * model.dtype.itemsize
+    return batch * context * token
 
 
-def ready(
-    model: Model, policy: str, config: HybridConfig, args: argparse.Namespace, context: int
-) -> tuple[Engine, float]:
-    """An engine with `batch` contexts loaded and its step compiled, and the seconds that compiling took."""
-    engine = Engine(model, config, policy)
-    new_tokens = 8 + args.steps
-    prefills = [random_prefill(model, context, config) for _ in range(args.batch)]
+def ours(model: Model, policy: str, budget: float, context: int, batch: int, new_tokens: int) -> Contender:
+    """One of our caches: `dense`, or a policy on pages."""
+    engine = Engine(model, HybridConfig(budget=budget), policy)
     with torch.no_grad():
-        engine.load(prefills, new_tokens)
-        engine.begin([context] * args.batch, new_tokens, Sampling(), model.device)
-        start = time.perf_counter()
-        engine.step().tolist()
-        compile_s = time.perf_counter() - start
-        for _ in range(3):  # CUDA graphs are recorded on the second call
-            engine.step().tolist()
-    return engine, compile_s
+        engine.load([random_prefill(model, context, engine.config, b) for b in range(batch)], new_tokens)
+        engine.begin([context] * batch, new_tokens, Sampling(), model.device)
+    paged = policy != "dense"
+    cache = engine.cache.count_bytes().step if paged else plain_bytes(model, context, batch)
+    name = policy if budget == 1 else f"{policy} {budget:g}"
+    return Contender(name, budget, torch.no_grad()(engine.step), cache)
 
 
-def copy_bandwidth(device: str, repeats: int = 9) -> float:
-    """Bytes a second that the device reads and writes when it copies a large tensor: median."""
-    source = torch.ones(COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        target.copy_(source)
-        target[-1].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * COPY_BYTES / statistics.median(seconds)
+def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: int) -> Contender:
+    """transformers, see `peers.transformers_decode`."""
+    prefills = [random_prefill(model, context, HybridConfig(), b) for b in range(batch)]
+    step = transformers_decode.decoder(model, prefills, new_tokens, compiled)
+    return Contender("transformers" if compiled else "eager", 1.0, step, plain_bytes(model, context, batch))
 
 
-@torch.no_grad()
-def step_ms(engine: Engine) -> float:
-    start = time.perf_counter()
-    engine.step().tolist()
-    return (time.perf_counter() - start) * 1e3
+def contenders(model: Model, args: argparse.Namespace, context: int, batch: int) -> list[Contender]:
+    sizes = (context, batch, 1 + WARM_UP + args.steps)
+    field = [ours(model, "dense", 1.0, *sizes), ours(model, "full", 1.0, *sizes), theirs(model, True, *sizes)]
+    field += [theirs(model, False, *sizes)] if args.eager else []
+    for budget in args.budgets:
+        try:
+            field.append(ours(model, "hybridkv", budget, *sizes))
+        except BudgetError:
+            print(f"{batch:5d} {context:8d} hybridkv {budget:g}: too short a context for this budget", flush=True)
+    return field
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The decoder's shape, where it runs, and where rows go."""
-    add = partial(parser.add_argument, type=int)
-    add("--layers", default=2)
-    add("--kv-heads", default=4)
-    add("--group", default=7, help="query heads for each KV head (default: 7)")
-    add("--head-dim", default=128)
-    add("--hidden-size", default=512)
-    add("--intermediate-size", default=1024)
-    add("--vocab-size", default=1024)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--out", help="append JSON lines to this file")
+def interleaved(field: list[Contender], steps: int) -> dict[str, list[float]]:
+    """Milliseconds of each step of each contender, one after the other in turn."""
+    times: dict[str, list[float]] = {each.name: [] for each in field}
+    for _ in range(steps):
+        for each in field:
+            start = time.perf_counter()
+            each.step().tolist()
+            times[each.name].append((time.perf_counter() - start) * 1e3)
+    return times
 
 
-def describe(module: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
-    """What a row needs to be understood: shape, machine, versions, command. Prints the last three, too."""
-    cuda = args.device.startswith("cuda")
-    about = {
-        **{name: getattr(args, name) for name in ("layers", "kv_heads", "group", "head_dim", "device", "dtype")},
-        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "command": f"python -m {module} {' '.join(sys.argv[1:] if argv is None else argv)}",
-    }
-    threads = torch.get_num_threads()
-    print(f"{about['command']}\ntorch {about['torch']}, {about['machine']}, {threads} threads, {args.dtype}")
-    return about
+def measure(model: Model, args: argparse.Namespace, context: int, batch: int, bandwidth: float) -> list[dict]:
+    """A row for each contender."""
+    field = [each.warm_up() for each in contenders(model, args, context, batch)]
+    times, weights = interleaved(field, args.steps), weight_bytes(model)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    full = [each.name for each in field if each.budget == 1]
+    rows = []
+    for each in field:
+        low, _, high = statistics.quantiles(times[each.name], n=4)
+        ms, read = median[each.name], weights + each.cache_bytes
+        rows.append(
+            {
+                "contender": each.name,
+                "budget": each.budget,
+                "context": context,
+                "batch": batch,
+                "ms_per_token": ms,
+                "ms_spread": high - low,
+                "tokens_per_s": batch / ms * 1e3,
+                "bytes_read": read,
+                "cache_bytes": each.cache_bytes,
+                "roofline_ms": read / bandwidth * 1e3,
+                "roofline_share": read / bandwidth * 1e3 / ms,
+                "speedup_vs": {name: median[name] / ms for name in full},
+                "speedup_limit": (weights + field[0].cache_bytes) / read,
+                "compile_s": each.compile_s,
+            }
+        )
+    return rows
+
+
+def line(row: dict) -> str:
+    ms, read = row["ms_per_token"], row["bytes_read"]
+    return (
+        f"{row['batch']:5d} {row['context']:8d} {row['contender']:>14}{ms:10.3f}{row['ms_spread']:10.3f}"
+        f"{row['tokens_per_s']:10.0f}{read / 1e6:10.1f}{read / ms / 1e6:10.1f}{row['roofline_share']:10.0%}"
+        f"{row['speedup_vs']['dense']:9.2f}x{row['speedup_limit']:9.2f}x{row['compile_s']:10.1f}"
+    )
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Milliseconds, with the roofline dashed, and speed-up, with what the bytes allow dashed; a row for each batch.
+
+    The x axis is the context; if there was only one, the batch.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    x, fixed = ("context", "batch") if len({row["context"] for row in rows}) > 1 else ("batch", "context")
+    groups = sorted({row[fixed] for row in rows})
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    figure, axes = plt.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
+    for (left, right), group in zip(axes, groups, strict=True):
+        for i, name in enumerate(names):
+            mine = sorted((r for r in rows if r["contender"] == name and r[fixed] == group), key=lambda r: r[x])
+            at, colour = [row[x] for row in mine], f"C{i}"
+            left.plot(at, [row["ms_per_token"] for row in mine], marker="o", ms=4, color=colour, label=name)
+            left.plot(at, [row["roofline_ms"] for row in mine], ls="--", lw=0.8, color=colour)
+            right.plot(at, [row["speedup_vs"]["dense"] for row in mine], marker="o", ms=4, color=colour, label=name)
+            right.plot(at, [row["speedup_limit"] for row in mine], ls="--", lw=0.8, color=colour)
+        left.set(ylabel="ms a step (dashed: roofline)", yscale="log", title=f"{fixed} {group}")
+        right.set(ylabel="speed-up over dense (dashed: at most)", title=f"{fixed} {group}")
+        for axis in (left, right):
+            axis.set(xlabel=x, xscale="log")
+            axis.set_xticks(at, [str(n) for n in at])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['dtype']}, {rows[0]['machine']}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = partial(parser.add_argument, type=int)
-    add("--contexts", nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.1], help="of the hybrid cache (default: 0.1)")
-    add("--batch", default=1)
-    add("--steps", default=30, help="timed steps for each contender (default: 30)")
+    add = parser.add_argument
+    add("--contexts", type=int, nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
+    add("--batches", type=int, nargs="+", default=[1], help="sequences decoded together (default: 1)")
+    add("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="of hybridkv (default: 0.05 0.1 0.2)")
+    add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")
+    add("--eager", action="store_true", help="run transformers eagerly, too")
+    add("--plot", type=Path, help="picture of this run's rows")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
 
-    torch.manual_seed(0)
-    model = random_model(args)
-    about = describe("bench.decode", args, argv)
-    weights, bandwidth = sum(p.nbytes for p in model.parameters()), copy_bandwidth(args.device)
+    model = make_model(args)
+    about, bandwidth = describe("bench.decode", args, model, argv), copy_bandwidth(args.device)
     print(f"copies run at {bandwidth / 1e9:.1f} GB/s: the roofline")
-    print(f"{'context':>8} {'cache':>12}" + "".join(f"{h:>10}" for h in COLUMNS))
-    for context in args.contexts:
-        contenders = {"dense": ("dense", HybridConfig()), "full": ("full", HybridConfig())}
-        for budget in args.budgets:
-            contenders[f"hybridkv {budget:g}"] = ("hybridkv", replace(HybridConfig(), budget=budget))
-        engines, compiles, times, reads = {}, {}, {name: [] for name in contenders}, {}
-        for name, (policy, config) in contenders.items():
-            engines[name], compiles[name] = ready(model, policy, config, args, context)
-            if policy == "dense":
-                cache = args.batch * context * 2 * args.layers * args.kv_heads * args.head_dim * model.dtype.itemsize
-            else:
-                cache = engines[name].cache.count_bytes().step
-            reads[name] = weights + cache
-        for _ in range(args.steps):
-            for name, engine in engines.items():
-                times[name].append(step_ms(engine))
-        for name in contenders:
-            ms = statistics.median(times[name])
-            low, _, high = statistics.quantiles(times[name], n=4)
-            row = dict(
-                contender=name,
-                context=context,
-                batch=args.batch,
-                ms_per_token=ms,
-                ms_spread=high - low,
-                bytes_read=reads[name],
-                roofline_ms=reads[name] / bandwidth * 1e3,
-                roofline_share=reads[name] / bandwidth * 1e3 / ms,
-                speedup_vs_dense=statistics.median(times["dense"]) / ms,
-                speedup_limit=reads["dense"] / reads[name],
-                compile_s=compiles[name],
-                **about,
-            )
-            print(
-                f"{context:8d} {name:>12}{ms:10.3f}{high - low:10.3f}{reads[name] / 1e6:10.1f}"
-                f"{reads[name] / ms / 1e6:10.1f}{row['roofline_share']:10.0%}{row['speedup_vs_dense']:9.2f}x"
-                f"{row['speedup_limit']:9.2f}x{compiles[name]:10.1f}",
-                flush=True,
-            )
-            if args.out:
-                with open(args.out, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(row) + "\n")
+    print(f"batch {'context':>8} {'cache':>14}" + "".join(f"{h:>10}" for h in COLUMNS), flush=True)
+    rows = []
+    for batch in args.batches:
+        for context in args.contexts:
+            try:
+                found = measure(model, args, context, batch, bandwidth)
+            except torch.OutOfMemoryError:
+                print(f"{batch:5d} {context:8d} does not fit into the device's memory", flush=True)
+                continue
+            for row in found:
+                print(line(row), flush=True)
+                write_row(args.out, row | about)
+                rows.append(row | about)
+    if args.plot and rows:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

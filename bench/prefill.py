@@ -8,7 +8,6 @@ pages (pack). Contenders run interleaved in one process on a decoder of random w
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.decode import add_model_arguments, describe, random_model
+from bench.common import QUESTION, add_model_arguments, describe, make_model, write_row
 from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine
@@ -27,7 +26,6 @@ from hybridkv.policies import POLICIES
 from hybridkv.profile import LayerProfile, Prefill
 from model.decoder import Model, causal_attention
 
-QUESTION = 64  # tokens at the end of the context that every head keeps
 MS = 1e3
 
 
@@ -82,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_arguments(parser)
     args = parser.parse_args(argv)
 
-    torch.manual_seed(0)
-    model, config = random_model(args), HybridConfig(budget=args.budget)
-    about = describe("bench.prefill", args, argv)
+    model, config = make_model(args), HybridConfig(budget=args.budget)
+    about = describe("bench.prefill", args, model, argv)
     print(f"{'context':>8} {'cache':>12} {'read':>9} {'plan':>9} {'pack':>9} {'total':>9} {'over plain':>11}   ms")
     for context in args.contexts:
         x = torch.randn(1, context, model.cfg.hidden_size, device=model.device, dtype=model.dtype)
@@ -105,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stages = " ".join(f"{ms.get(stage, 0):9.1f}" for stage in ("read", "plan", "pack", "total"))
             print(f"{context:8d} {name:>12} {stages} {over:11.1%}", flush=True)
             row = {"contender": name, "context": context, "budget": args.budget, "overhead": over, "ms": ms, **about}
-            if args.out:
-                with open(args.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            write_row(args.out, row)
 
 
 if __name__ == "__main__":

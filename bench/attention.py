@@ -1,0 +1,114 @@
+"""Milliseconds of one layer's attention in a decoding step: append a token, choose pages, attend.
+
+    python -m bench.attention --contexts 8192 32768
+
+Full caches: SDPA with `enable_gqa`, SDPA with the group's query heads as rows, FlexAttention over all pages. Then the
+compressed cache, its retrieval included, and FlexAttention alone over as many pages as it reads. All are compiled and
+run interleaved; a row gives medians.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.common import add_model_arguments, copy_bandwidth, describe, make_model, random_prefill, write_row
+from bench.decode import plain_bytes
+from hybridkv.config import HybridConfig
+from hybridkv.decode import Engine
+from hybridkv.dense import DenseCache
+from model.decoder import Model
+
+
+def plain_sdpa(cache: DenseCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What most code does: the query heads as they are, `enable_gqa`. Nothing is appended."""
+    keys, values = (t.view(len(q), cache.heads, cache.slots, -1) for t in (cache.keys0, cache.values0))
+    mask = torch.arange(cache.slots, device=q.device) <= cache.length[:, None]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)
+
+
+def contenders(model: Model, context: int, batch: int, budgets: Sequence[float]) -> dict[str, tuple[Callable, int]]:
+    """Name to a function of q, k, v and the bytes it must read."""
+
+    def loaded(policy: str, budget: float):
+        engine = Engine(model, HybridConfig(budget=budget), policy, compile=False)
+        engine.load([random_prefill(model, context, engine.config, b) for b in range(batch)], 8)
+        return engine.cache
+
+    dense, full, plain = loaded("dense", 1.0), loaded("full", 1.0), plain_bytes(model, context, batch)
+    field = {
+        "sdpa gqa": (lambda q, k, v: plain_sdpa(dense, q, k, v), plain),
+        "sdpa rows": (lambda q, k, v: dense[0](q, k, v), plain),
+        "flex full": (lambda q, k, v: full[0](q, k, v), full.count_bytes().step),
+    }
+    for budget in budgets:
+        cache, pruned = loaded("hybridkv", budget), loaded("streaming", budget)
+        field[f"hybridkv {budget:g}"] = (lambda q, k, v, c=cache: c[0](q, k, v), cache.count_bytes().step)
+        field[f"flex {budget:g}"] = (lambda q, k, v, c=pruned: c[0](q, k, v), pruned.count_bytes().step)
+    return field
+
+
+@torch.no_grad()
+def measure(model: Model, context: int, batch: int, budgets: Sequence[float], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every call of every contender, and in `bytes` what each must read."""
+    cfg = model.cfg
+    draw = dict(device=model.device, dtype=model.dtype)
+    q = torch.randn(batch, cfg.num_attention_heads, 1, cfg.head_dim, **draw)
+    k, v = torch.randn(2, batch, cfg.num_key_value_heads, 1, cfg.head_dim, **draw)
+    field = contenders(model, context, batch, budgets)
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    calls = {name: torch.compile(f, fullgraph=True, dynamic=False, mode=mode) for name, (f, _) in field.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(3 + repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(q, k, v).flatten()[0].item()  # waits for the device
+            if i >= 3:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times | {"bytes": {name: read for name, (_, read) in field.items()}}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--contexts", type=int, nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
+    add("--batch", type=int, default=1)
+    add("--budgets", type=float, nargs="+", default=[0.1], help="of hybridkv (default: 0.1)")
+    add("--repeats", type=int, default=50, help="timed calls of each contender (default: 50)")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+
+    args.layers = 1
+    model = make_model(args)
+    about, bandwidth = describe("bench.attention", args, model, argv), copy_bandwidth(args.device)
+    print(f"{'context':>8} {'attention':>14} {'ms':>9} {'spread':>9} {'MB read':>9} {'roofline':>9} {'speed-up':>9}")
+    for context in args.contexts:
+        times = measure(model, context, args.batch, args.budgets, args.repeats)
+        reads = times.pop("bytes")
+        best = min(statistics.median(times[name]) for name in ("sdpa gqa", "sdpa rows"))
+        for name, values in times.items():
+            ms, (low, _, high) = statistics.median(values), statistics.quantiles(values, n=4)
+            row = {
+                "contender": name,
+                "context": context,
+                "batch": args.batch,
+                "ms": ms,
+                "ms_spread": high - low,
+                "bytes_read": reads[name],
+                "roofline_share": reads[name] / bandwidth * 1e3 / ms,
+                "speedup_vs_sdpa": best / ms,
+            }
+            print(
+                f"{context:8d} {name:>14} {ms:9.3f} {high - low:9.3f} {reads[name] / 1e6:9.1f} "
+                f"{row['roofline_share']:9.0%} {row['speedup_vs_sdpa']:8.2f}x",
+                flush=True,
+            )
+            write_row(args.out, row | about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Other people's full and compressed caches, on the same weights."""
