@@ -1,15 +1,12 @@
-"""The benchmarks and the offline profile, small."""
+"""The benchmarks of quality and the offline profile, small."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench import heads, prefill, quality
+from bench import heads, quality
 from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
@@ -18,24 +15,6 @@ from hybridkv.head_profile import HeadProfile
 from hybridkv.plan import budgeted_plan, static_scores
 from model import Processor
 from tests.lab import prompt
-
-ROOT = Path(__file__).parent.parent
-
-
-def test_the_decode_benchmark_writes_its_rows(tmp_path):
-    out = tmp_path / "rows.jsonl"
-    sizes = "--layers 1 --kv-heads 2 --group 2 --head-dim 16 --hidden-size 32 --intermediate-size 32 --steps 3"
-    command = [sys.executable, "-m", "bench.decode", "--contexts", "2048", "--budgets", "0.1", *sizes.split()]
-    done = subprocess.run([*command, "--out", out], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["contender"] for row in rows] == ["dense", "full", "hybridkv 0.1"]
-    assert all(row["ms_per_token"] > 0 and row["compile_s"] > 0 for row in rows)
-    assert rows[2]["bytes_read"] < rows[0]["bytes_read"] <= rows[1]["bytes_read"]
-    for row in rows:
-        assert row["roofline_share"] == pytest.approx(row["roofline_ms"] / row["ms_per_token"])
-        assert row["speedup_limit"] == pytest.approx(rows[0]["bytes_read"] / row["bytes_read"])
-
 
 # bench.quality
 
@@ -196,33 +175,3 @@ def test_the_calibrate_command(vlm, tmp_path, capsys):
         with pytest.raises(SystemExit):
             calibrate.main([*command, *bad])
         assert message in capsys.readouterr().err
-
-
-SMALL = ["--kv-heads", "1", "--group", "2", "--head-dim", "16", "--hidden-size", "32", "--intermediate-size", "32"]
-
-
-def test_the_prefill_bench_splits_the_time_to_the_first_token(tmp_path, capsys):
-    out = tmp_path / "rows.jsonl"
-    command = ["--contexts", "512", "--repeats", "1", "--budget", "0.5", "--policies", "hybridkv", "snapkv"]
-    prefill.main([*command, *SMALL, "--device", "cpu", "--out", str(out)])
-    rows = {row["contender"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert list(rows) == ["plain", "hybridkv", "snapkv"] and rows["plain"]["overhead"] == 0
-    for name, row in rows.items():
-        stages = {"read", "pack"} | ({"plan"} if name != "plain" else set())
-        assert set(row["ms"]) == stages | {"total"}
-        assert row["ms"]["total"] == pytest.approx(sum(row["ms"][stage] for stage in stages))
-    with pytest.raises(SystemExit):
-        prefill.main(["--contexts", "96", "--budget", "0.1", *SMALL, "--device", "cpu"])
-    assert "Raise the budget" in capsys.readouterr().err
-
-
-def test_a_plain_prefill_keeps_the_keys_and_values_of_a_profiled_one(model):
-    x = torch.randn(1, 90, model.cfg.hidden_size, generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(90).expand(3, 1, -1)
-    records = [kind(None, HybridConfig()) for kind in (prefill.Plain, Prefill)]
-    with torch.no_grad():
-        plain, profiled = (model(x, positions, record) for record in records)
-    torch.testing.assert_close(plain, profiled)
-    for a, b in zip(*(record.layers for record in records), strict=True):
-        torch.testing.assert_close(a.k, b.k)
-        torch.testing.assert_close(a.v, b.v)
