@@ -3,12 +3,12 @@
     python -m bench.decode --contexts 8192 32768
     python -m bench.decode --shape qwen2.5-vl-7b --dtype bfloat16 --contexts 8192 32768 --batches 1 8    # on a GPU
 
-Contenders, all on the same weights, contexts and machine, run interleaved in one process; a row gives medians:
+Contenders, on the same weights, contexts and machine, run interleaved in one process; a row gives medians:
 
     dense         a full cache in plain tensors, read by SDPA with the group's query heads as rows; compiled
     full          a full cache on our pages, read by FlexAttention; compiled
     transformers  transformers' own model on its StaticCache; compiled
-    eager         transformers' own model on its DynamicCache, as `generate` runs it; --eager adds it
+    eager         transformers' own model on its DynamicCache, as `generate` runs it; only if asked for
     hybridkv B    the compressed cache with a budget of B; compiled
 
 Keys and values of the context are random (a prefill would take minutes and change nothing), and half of the heads are
@@ -44,6 +44,7 @@ from hybridkv.decode import Engine, Sampling
 from model.decoder import Model
 
 COLUMNS = ("ms/step", "spread", "tokens/s", "MB read", "GB/s", "roofline", "speed-up", "at most", "compile s")
+CONTENDERS = ("dense", "full", "transformers", "hybridkv", "eager")
 WARM_UP = 3  # steps after the first: CUDA graphs are recorded on the second call
 
 
@@ -100,9 +101,10 @@ def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: i
 
 def contenders(model: Model, args: argparse.Namespace, context: int, batch: int) -> list[Contender]:
     sizes = (context, batch, 1 + WARM_UP + args.steps)
-    field = [ours(model, "dense", 1.0, *sizes), ours(model, "full", 1.0, *sizes), theirs(model, True, *sizes)]
-    field += [theirs(model, False, *sizes)] if args.eager else []
-    for budget in args.budgets:
+    field = [ours(model, name, 1.0, *sizes) for name in ("dense", "full") if name in args.contenders]
+    kinds = {"transformers": True, "eager": False}
+    field += [theirs(model, compiled, *sizes) for name, compiled in kinds.items() if name in args.contenders]
+    for budget in args.budgets if "hybridkv" in args.contenders else ():
         try:
             field.append(ours(model, "hybridkv", budget, *sizes))
         except BudgetError:
@@ -203,10 +205,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batches", type=int, nargs="+", default=[1], help="sequences decoded together (default: 1)")
     add("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="of hybridkv (default: 0.05 0.1 0.2)")
     add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")
-    add("--eager", action="store_true", help="run transformers eagerly, too")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4], help="(default: all but eager)")
     add("--plot", type=Path, help="picture of this run's rows")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
+    if "dense" not in args.contenders:
+        parser.error("dense is what the others are compared with: add it to --contenders")
 
     model = make_model(args)
     about, bandwidth = describe("bench.decode", args, model, argv), copy_bandwidth(args.device)

@@ -74,6 +74,7 @@ class Stage:
 
 HARDER = {"lookup": 1, "lookups": 2, "colour": 1, "right": 2, "down": 2, "chain": 2, "describe": 3}
 NAMES = HARDER | {"lookups": 6}
+SETTLE = {"lookup": 1, "lookups": 3, "colour": 1, "right": 3, "down": 3, "chain": 3, "describe": 3}
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0),
     Stage("neighbours", 250, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.3)),
@@ -87,6 +88,7 @@ STAGES = [
     Stage("names", 240, 3, 12, 600, 160, several=0.15, compared=0.35, vision=0.1, lr=(0.5, 0.4), tasks=NAMES),
     Stage("again", 240, 6, 28, 1500, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.4, 0.25), tasks=HARDER),
     Stage("last", 420, 8, 64, 2400, 256, 0.2, 0.15, largest=4096, vision=0.1, lr=(0.25, 0.005), tasks=HARDER),
+    Stage("settle", 300, 8, 44, 2000, 288, 0.15, 0.05, vision=0.1, lr=(0.12, 0.002), tasks=SETTLE),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20

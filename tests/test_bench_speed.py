@@ -27,7 +27,8 @@ def rows_of(file) -> list[dict]:
 def decoded(tmp_path_factory):
     """A run of bench.decode: its rows, its picture."""
     folder = tmp_path_factory.mktemp("decode")
-    command = ["--contexts", "600", "2048", "--budgets", "0.02", "0.2", "--steps", "3", "--eager", "--layers", "1"]
+    command = ["--contexts", "600", "2048", "--budgets", "0.02", "0.2", "--steps", "3", "--layers", "1"]
+    command += ["--contenders", *decode.CONTENDERS]
     with torch.no_grad():
         decode.main([*command, *CPU, "--out", str(folder / "rows.jsonl"), "--plot", str(folder / "plot.png")])
     return rows_of(folder / "rows.jsonl"), folder / "plot.png"

@@ -183,7 +183,7 @@ def test_a_batch_is_each_sequence_alone(masks, config, shape, seed, steps):
 @examples
 @given(masks=st.lists(prompts(), min_size=1, max_size=3), config=configs, shape=shapes, steps=st.integers(0, 40))
 def test_every_byte_is_accounted_for(masks, config, shape, steps):
-    """Resident, new and spare bytes add up to the tensors that the cache holds."""
+    """Resident, new and spare bytes add up to the tensors that the cache holds; a step's to what its tables list."""
     heads, group, dim = shape
     assume(config.retrieval != "exact")  # the oracle holds more than it is charged for, by design
     assume(config.sketch_rank is None or config.sketch_rank <= dim)
@@ -191,6 +191,7 @@ def test_every_byte_is_accounted_for(masks, config, shape, steps):
     plans = [plan_or_none(p) or full_plan(p) for p in prefills]
     cache = HybridCache(Capacity.of(plans, 40), len(masks), prefills[0])
     cache.load(prefills, plans, 40)
+    assert cache.count_bytes().step == listed_bytes(cache)
     for _ in range(steps):
         cache.advance(torch.ones(len(masks), dtype=torch.bool))
     cost, capacity, (store, rest) = cache.count_bytes(), cache.capacity, cache.next_page.tolist()
@@ -198,6 +199,24 @@ def test_every_byte_is_accounted_for(masks, config, shape, steps):
     spare += (capacity.n_store - store) * (cache.costs.page + cache.costs.summary)
     assert cost.allocated == sum(t.nbytes for t in cache.buffers()) == cost.resident + cost.new + spare
     assert cost.full == sum(2 * len(m) * 2 * heads * dim * 4 for m in masks)
+
+
+def listed_bytes(cache: HybridCache) -> int:
+    """What the next step reads, counted from its tables and the tensors they point into."""
+    pages = int((cache.n_fixed + cache.n_retrieve + (cache.fill > 0)).sum())  # a tail page is read whole
+    read = pages * (cache.keys.nbytes + cache.values.nbytes) // cache.capacity.n_pages
+    entries = int((cache.n_fixed + cache.n_chunks).sum()) + cache.tail.numel()
+    read += entries * cache.fixed.itemsize
+    read += (
+        6 * cache.tail.numel() * cache.tail.itemsize
+    )  # counts of three tables, tail page, its fill, row of the basis
+    per_chunk = ("sketch", "low", "high")
+    for name, tensor in cache.summary.named_buffers():
+        if name in per_chunk:
+            read += int(cache.n_chunks.sum()) * tensor.nbytes // cache.capacity.n_store
+        else:
+            read += int((cache.row > 0).sum()) * tensor[0].nbytes
+    return read
 
 
 def test_an_ended_sequence_takes_no_more_pages():

@@ -166,3 +166,12 @@ def test_state_is_only_buffers():
     state = DecodeState(2, 8, [1], torch.device("cpu"))
     plain = [name for name, value in vars(state).items() if isinstance(value, torch.Tensor)]
     assert not plain and len(list(state.buffers())) == 8
+
+
+def test_a_step_is_made_of_few_kernels(generated_code):
+    """With torch 2.13: 14 fused kernels, 13 matrix products and 1 top-k, whatever the depth, as layers share a region."""
+    code, _ = generated_code
+    kernels = re.findall(r"^(cpp_fused\w+) = async_compile", code, re.M)
+    assert 5 < len(set(kernels)) <= 16
+    assert 5 < len(re.findall(r"extern_kernels\.\w*mm\w*\(", code)) <= 14
+    assert len(re.findall(r"= torch\.ops\.aten\.topk\.default\(", code)) == 1

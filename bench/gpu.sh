@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA device, most important first: the tests, then speed and memory of the 7B's decoder with
+# random weights. Made for a lease of ten minutes: a step that is not done in its time is cut off, and the next one
+# begins. What is measured is written at once, to bench/results/*-cuda.jsonl or the folder given as the first argument.
+#
+#     bash bench/gpu.sh [FOLDER]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-bench/results}
+mkdir -p "$results"
+shape="--shape qwen2.5-vl-7b --dtype bfloat16"
+
+step() { # seconds, name, command...
+    local seconds=$1 name=$2
+    shift 2
+    echo "=== $name"
+    timeout "$seconds" "$@" 2>&1 | tee "$results/$name-cuda.log"
+    local status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || echo "=== $name ended with $status"
+}
+
+nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
+python -c "import torch; print('torch', torch.__version__)"
+step 150 tests python -m pytest -q -m cuda tests
+step 150 decode python -m bench.decode $shape --contexts 8192 32768 --batches 1 --budgets 0.1 \
+    --out "$results/decode-cuda.jsonl"
+step 90 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
+    --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
+step 60 attention python -m bench.attention $shape --contexts 8192 32768 131072 --out "$results/attention-cuda.jsonl"
+step 90 memory python -m bench.memory $shape --contexts 8192 32768 --contenders dense hybridkv "hybridkv ahead" \
+    --out "$results/memory-cuda.jsonl"
+step 60 prefill python -m bench.prefill $shape --contexts 8192 --repeats 3 --out "$results/prefill-cuda.jsonl"
+step 90 decode-long python -m bench.decode $shape --contexts 131072 --batches 1 --budgets 0.05 0.1 \
+    --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
