@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-bench/results}
 mkdir -p "$results"
-shape="--shape qwen2.5-vl-7b --dtype bfloat16"
+shape=${SHAPE:---shape qwen2.5-vl-7b --dtype bfloat16} # SHAPE="--shape small" proves the script on a CPU
 
 step() { # seconds, name, command...
     local seconds=$1 name=$2

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench.quality import Lab, Variant, load_lab, parse_variant
 from bench.tasks import make_case
-from hybridkv.classify import movement
+from hybridkv.classify import movement, ranks
 from hybridkv.plan import Plan, budgeted_plan, static_scores, text_attention
 from hybridkv.profile import Prefill
 
@@ -40,23 +40,23 @@ def measure(lab: Lab, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, n
     every = [None, *np.ndindex(layers, heads)]
     variants = [Variant(str(kept), partial(spare, kept), config) for kept in every]
     kl: list[list[float]] = [[] for _ in every]
-    moved: dict[str, list[torch.Tensor]] = {"ranks": [], "peaks": []}
+    moved: dict[str, list[torch.Tensor]] = {"focus": [], "ranks": []}
     starts = range(0, args.samples, args.batch)
     with tqdm(total=len(every) * len(starts), desc=f"{args.task} {args.tokens}", leave=False, disable=None) as bar:
         for start in starts:
             indices = range(start, min(start + args.batch, args.samples))
             cases = [make_case(lab.processor, args.task, args.tokens, i) for i in indices]
             for prefill in lab.read(cases, config).prefills:
-                mass, peak, overlap = text_attention(prefill)
+                mass, overlap, focus = text_attention(prefill)
+                moved["focus"].append(ranks(focus))
                 moved["ranks"].append(movement(mass, overlap))
-                moved["peaks"].append(movement(peak, overlap))
             for into, (_, rows) in zip(kl, lab.measure(cases, variants), strict=True):
                 into += [row["kl"] for row in rows]
                 bar.update()
     mean = np.array([np.mean(values) for values in kl])
     need = (mean[1:] - mean[0]).reshape(layers, heads)
-    ranks = {name: torch.stack(each).double().mean(0).numpy() for name, each in moved.items()}
-    return need, ranks, float(mean[0])
+    means = {name: torch.stack(each).double().mean(0).numpy() for name, each in moved.items()}
+    return need, means, float(mean[0])
 
 
 def agreement(need: np.ndarray, rank: np.ndarray) -> tuple[float, float]:

@@ -4,7 +4,7 @@
     python -m bench.quality --model smollm2 --policies hybridkv hybridkv:dynamic_share=0 --tasks needle --tokens 2000
 
 A policy may carry fields of `HybridConfig`: `hybridkv:pool=1,page_size=32`. Rows go to --out as JSON lines; a run that
-was cut off goes on where it stopped.
+was cut off goes on behind its last batch of prompts.
 
 Accuracy is that of greedy answers. KL is the divergence of the policy's next-token distribution from the full cache's,
 in nats per generated token, along the full cache's own greedy answer; what the prefill alone decides is not counted.
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.real_models import REAL, fetch
+from bench.records import Records
 from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
 from demo import boards as bd
 from hybridkv.config import HybridConfig
@@ -285,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=30, help="prompts per task and size (default: 30)")
     add("--kl-only", action="store_true", help="follow the full cache's answers only: faster, accuracy is left out")
     add("--batch", type=int, default=10, help="prompts decoded together (default: 10)")
-    add("--out", type=Path, help="JSON lines; rows that are there already are not measured again")
+    add("--out", type=Path, help="JSON lines; FILE.prompts beside it holds each prompt's, to go on or to add samples")
     add("--plot", type=Path, help="picture of all rows in --out, or of this run")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
@@ -304,12 +305,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(tasks) - {*bd.TASKS, *TEXT_TASKS}:
         parser.error(f"unknown tasks: {', '.join(sorted(unknown))}")
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out and args.out.exists() else []
-    rows = []
+    rows, records = [], Records(args.out and args.out.with_name(f"{args.out.name}.prompts"))
     try:
         lab = load_lab(args.model, args.device)
         for task in tasks:
             for tokens in args.tokens or ([1024] if boards else [2000]):
-                rows += run(lab, task, tokens, jobs, args, done)
+                rows += run(lab, task, tokens, jobs, args, done, records)
     except (CheckpointError, InputError, RuntimeError, ValueError) as e:
         parser.exit(1, f"{parser.prog}: error: {e}\n")
     print(table(rows))
@@ -333,9 +334,15 @@ def row_key(row: dict) -> str:
 
 
 def run(
-    lab: Lab, task: str, tokens: int, jobs: list[Variant], args: argparse.Namespace, done: list[dict]
+    lab: Lab,
+    task: str,
+    tokens: int,
+    jobs: list[Variant],
+    args: argparse.Namespace,
+    done: list[dict],
+    records: Records,
 ) -> list[dict]:
-    """All jobs on one task at one size; what `done` holds is taken from there."""
+    """All jobs on one task at one size; what `done` and `records` hold is taken from there."""
 
     def labels(job: Variant) -> dict:
         return {
@@ -344,28 +351,32 @@ def run(
             "budget": job.config.budget,
             "task": task,
             "tokens": tokens,
-            "samples": args.samples,
             "config": asdict(job.config),
         }
 
     known = {row_key(row): row for row in done}
-    todo = [job for job in jobs if row_key(labels(job)) not in known]
-    records: list[list[dict]] = [[] for _ in todo]
-    starts = range(0, args.samples, args.batch) if todo else ()
-    with tqdm(total=len(todo) * len(starts), desc=f"{task} {tokens}", leave=False, disable=None) as bar:
-        for start in starts:
-            indices = range(start, min(start + args.batch, args.samples))
-            cases = [make_case(lab.processor, task, tokens, i) for i in indices]
-            for into, (_, measured) in zip(records, lab.measure(cases, todo, not args.kl_only), strict=True):
-                into += measured
+    todo = [job for job in jobs if row_key(labels(job) | {"samples": args.samples}) not in known]
+    batches = [range(i, min(i + args.batch, args.samples)) for i in range(0, args.samples, args.batch)]
+    with tqdm(total=len(todo) * len(batches), desc=f"{task} {tokens}", leave=False, disable=None) as bar:
+        for indices in batches:
+
+            def key(job: Variant, indices: range = indices) -> str:
+                return json.dumps([*labels(job).values(), indices.start, indices.stop, args.kl_only])
+
+            missing = [job for job in todo if key(job) not in records]
+            bar.update(len(todo) - len(missing))
+            cases = [make_case(lab.processor, task, tokens, i) for i in indices] if missing else []
+            for job, (_, measured) in zip(missing, lab.measure(cases, missing, not args.kl_only), strict=True):
+                records.add(key(job), measured)
                 bar.update()
-    for job, measured in zip(todo, records, strict=True):
-        row = labels(job) | summary(measured)
+    for job in todo:
+        row = labels(job) | {"samples": args.samples}
+        row |= summary([record for indices in batches for record in records[key(job, indices)]])
         known[row_key(row)] = row
         if args.out:
             with open(args.out, "a") as file:
                 file.write(json.dumps(row) + "\n")
-    return [known[row_key(labels(job))] for job in jobs]
+    return [known[row_key(labels(job) | {"samples": args.samples})] for job in jobs]
 
 
 if __name__ == "__main__":

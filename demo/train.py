@@ -88,7 +88,7 @@ STAGES = [
     Stage("names", 240, 3, 12, 600, 160, several=0.15, compared=0.35, vision=0.1, lr=(0.5, 0.4), tasks=NAMES),
     Stage("again", 240, 6, 28, 1500, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.4, 0.25), tasks=HARDER),
     Stage("last", 420, 8, 64, 2400, 256, 0.2, 0.15, largest=4096, vision=0.1, lr=(0.25, 0.005), tasks=HARDER),
-    Stage("settle", 300, 8, 44, 2000, 288, 0.15, 0.05, vision=0.1, lr=(0.12, 0.002), tasks=SETTLE),
+    Stage("settle", 230, 10, 64, 2400, 288, 0.1, 0.05, largest=4096, vision=0.1, lr=(0.15, 0.002), tasks=SETTLE),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20

@@ -1,8 +1,8 @@
 """Static or dynamic: which KV heads have settled where they look once the prompt is read.
 
-Text-centric attention decides. A head whose text queries attend to text, or all to the same few context tokens, can
-be pruned by what they point at: *static*. A head whose text queries spread over the context, each somewhere else,
-will look somewhere else again while the answer is written: *dynamic*.
+Text-centric attention decides. A head whose text queries each single out one token of the context does so again for
+every word that is written, and then needs another one: *dynamic*. A head that attends to text, or to much of the
+context at once, can be pruned by what the prompt's text points at: *static*.
 """
 
 import torch
@@ -27,11 +27,11 @@ def movement(context_mass: Tensor, overlap: Tensor) -> Tensor:
     return ranks(ranks(context_mass) + ranks(1 - overlap))
 
 
-def classify(context_mass: Tensor, overlap: Tensor, config: HybridConfig) -> Tensor:
+def classify(context_mass: Tensor, overlap: Tensor, focus: Tensor, config: HybridConfig) -> Tensor:
     """Which KV heads are dynamic.
 
     Args:
-        context_mass, overlap: (layers, H), from the prompt's profile; the mass is the window's mean, or its peak.
+        context_mass, overlap, focus: (layers, H), from the prompt's profile.
         config: `classifier` chooses the ranking, `dynamic_share` how many of its last heads are dynamic.
 
     Returns:
@@ -44,10 +44,12 @@ def classify(context_mass: Tensor, overlap: Tensor, config: HybridConfig) -> Ten
     match config.classifier:
         case "threshold":
             return settled_share(context_mass, overlap) < config.threshold
-        case "ranks" | "peaks":
+        case "focus":
+            order = focus
+        case "ranks":
             order = movement(context_mass, overlap)
         case "reversed":
-            order = -movement(context_mass, overlap)
+            order = -focus
         case "random":  # other heads for every prompt, the same at every run
             seed = int(context_mass.double().sum() * 1e6)
             order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed)).view_as(context_mass)

@@ -7,7 +7,7 @@ SKETCH_FLOOR = 32  # a quarter of head_dim is too coarse for heads of 64 (SmolLM
 WORD = 4  # dimensions of a key sketch that share an int32
 
 CHOICES = {
-    "classifier": ("ranks", "peaks", "threshold", "profile", "random", "reversed"),
+    "classifier": ("focus", "ranks", "threshold", "profile", "random", "reversed"),
     "head_weight": ("uniform", "context"),
     "retrieval": ("sketch", "bound", "exact"),
     "group": ("mean", "max"),
@@ -25,9 +25,9 @@ class HybridConfig:
         strict: what happens if the budget can't hold what must be kept, as with short prompts: True raises
             `BudgetError`, False keeps what must be kept and no more.
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
-        classifier: how heads are told apart: `ranks` (of context mass and movement), `peaks` (the same with the largest
-            mass of any window query for the mean), `threshold` (the paper's fixed one), `profile` (an offline head
-            profile); `random` and `reversed` are there to be beaten.
+        classifier: how heads are told apart: `focus` (see `LayerProfile`), `ranks` (of context mass and movement),
+            `threshold` (the paper's fixed one), `profile` (an offline head profile); `random` and `reversed` (of
+            `focus`) are there to be beaten.
         dynamic_share: share of KV heads, over all layers, that are dynamic; `threshold` does not look at it.
         threshold: a head is static when at least this share of its attention is settled once the prompt is read (see
             `classify.settled_share`). The paper's is 0.9.
@@ -53,7 +53,7 @@ class HybridConfig:
     budget: float = 0.1
     strict: bool = True
     page_size: int = 16
-    classifier: str = "peaks"
+    classifier: str = "focus"
     dynamic_share: float = 0.5
     threshold: float = 0.9
     head_profile: str | None = None

@@ -143,12 +143,11 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     Raises:
         BudgetError: see `budgeted_plan`.
     """
-    mass, peak, overlap = text_attention(prefill)
-    looked = peak if prefill.config.classifier == "peaks" else mass
+    mass, overlap, focus = text_attention(prefill)
     weight = None
     if prefill.config.head_weight == "context":
         weight = mass.clamp(min=CONTEXT_FLOOR)
-    return budgeted_plan(prefill, classify(looked, overlap, prefill.config), static_scores(prefill), weight)
+    return budgeted_plan(prefill, classify(mass, overlap, focus, prefill.config), static_scores(prefill), weight)
 
 
 def known_plan(prefill: Prefill) -> Plan:
@@ -157,7 +156,7 @@ def known_plan(prefill: Prefill) -> Plan:
     All but the order of the tokens, which `layer_order` gives once a layer is read.
     """
     unknown = torch.zeros(len(prefill.layers), len(prefill.layers[0].k))
-    return budgeted_plan(prefill, classify(unknown, unknown, prefill.config))
+    return budgeted_plan(prefill, classify(unknown, unknown, unknown, prefill.config))
 
 
 def layer_order(prefill: Prefill, layer: int) -> Tensor:
@@ -167,8 +166,8 @@ def layer_order(prefill: Prefill, layer: int) -> Tensor:
 
 
 def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor, Tensor]:
-    """What the prompt's profile says of every head: mean and peak context mass, and overlap, (layers, H) on the CPU."""
-    names = ("context_mass", "peak_mass", "overlap")
+    """What the prompt's profile says of every head: context mass, overlap and focus, (layers, H) on the CPU."""
+    names = ("context_mass", "overlap", "focus")
     return tuple(torch.stack([getattr(layer, name) for layer in prefill.layers]).cpu() for name in names)
 
 

@@ -27,7 +27,7 @@ class LayerProfile:
             to each token.
         mean_score: (H, T) float32, the mean over window queries and heads of the group.
         context_mass: (H,) mean share of the window's attention on prunable tokens.
-        peak_mass: (H,) the largest such share of any window query of any head in the group.
+        focus: (H,) mean over window queries and the group's heads of the largest probability on one prunable token.
         overlap: (H,) mean pairwise Jaccard overlap of the window queries' top sets among prunable tokens; 1 if all
             queries look at the same tokens.
     """
@@ -37,7 +37,7 @@ class LayerProfile:
     score: Tensor
     mean_score: Tensor
     context_mass: Tensor
-    peak_mass: Tensor
+    focus: Tensor
     overlap: Tensor
 
 
@@ -77,7 +77,7 @@ def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
 def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: HybridConfig) -> LayerProfile:
     """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
     rows = window_rows(prunable, config.window)
-    score, mean, mass, peak, overlap = [], [], [], [], []
+    score, mean, mass, focus, overlap = [], [], [], [], []
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
         p = window_probabilities(group, key, rows)  # (G, W, T)
         if not len(rows):  # no text sees the context: nothing is known, and all scores are 0
@@ -86,9 +86,9 @@ def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: Hyb
         score.append(p.amax((0, 1)))
         mean.append(p.mean((0, 1)))
         mass.append(context.sum(-1).mean())
-        peak.append(context.sum(-1).amax())
+        focus.append(p.masked_fill(~prunable, 0.0).amax(-1).mean())
         overlap.append(jaccard_overlap(context.mean(0), config.top_share))
-    return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, peak, overlap)))
+    return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, focus, overlap)))
 
 
 class Prefill:

@@ -76,7 +76,7 @@ configs = st.builds(
     HybridConfig,
     budget=st.sampled_from([0.2, 0.35, 0.5, 0.75, 1.0]),
     page_size=st.sampled_from([16, 32]),
-    classifier=st.sampled_from(["ranks", "peaks", "threshold", "random", "reversed"]),
+    classifier=st.sampled_from(["focus", "ranks", "threshold", "random", "reversed"]),
     dynamic_share=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     head_weight=st.sampled_from(["uniform", "context"]),
     dynamic_weight=st.sampled_from([0.5, 1.0, 2.0]),

@@ -169,7 +169,7 @@ def test_state_is_only_buffers():
 
 
 def test_a_step_is_made_of_few_kernels(generated_code):
-    """With torch 2.13: 14 fused kernels, 13 matrix products and 1 top-k, whatever the depth, as layers share a region."""
+    """With torch 2.13: 14 fused kernels, 13 matrix products, 1 top-k; whatever the depth, as layers share a region."""
     code, _ = generated_code
     kernels = re.findall(r"^(cpp_fused\w+) = async_compile", code, re.M)
     assert 5 < len(set(kernels)) <= 16

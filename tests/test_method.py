@@ -61,8 +61,9 @@ def test_profile_is_what_dense_attention_says(mask, config, shape, seed):
         torch.testing.assert_close(layer.score, window.amax((1, 2)))
         torch.testing.assert_close(layer.mean_score, window.mean((1, 2)))
         torch.testing.assert_close(layer.context_mass, window[..., prunable].sum(-1).mean((1, 2)))
+        torch.testing.assert_close(layer.focus, window[..., prunable].amax(-1).mean((1, 2)))
     else:
-        assert not layer.score.any() and not layer.context_mass.any()
+        assert not layer.score.any() and not layer.context_mass.any() and not layer.focus.any()
     assert ((layer.overlap >= 0) & (layer.overlap <= 1 + 1e-6)).all()
 
 
@@ -97,16 +98,19 @@ def test_prefill_refuses_what_it_can_not_record():
 # classify
 
 
-def test_heads_that_look_at_the_context_and_move_are_dynamic():
+def test_which_heads_are_dynamic():
     mass = torch.tensor([[0.1, 0.9], [0.8, 0.9]])
     overlap = torch.tensor([[0.1, 0.9], [0.2, 0.1]])  # (little context), (stays), (moves), (moves more)
+    focus = torch.tensor([[0.05, 0.1], [0.7, 0.02]])  # how much of it is on single tokens
     for config, expected in (
-        (HybridConfig(), [[False, False], [True, True]]),
-        (HybridConfig(dynamic_share=0.25), [[False, False], [False, True]]),
+        (HybridConfig(dynamic_share=0.5), [[False, True], [True, False]]),
+        (HybridConfig(dynamic_share=0.25), [[False, False], [True, False]]),
+        (HybridConfig(dynamic_share=0.5, classifier="reversed"), [[True, False], [False, True]]),
+        (HybridConfig(dynamic_share=0.5, classifier="ranks"), [[False, False], [True, True]]),
+        (HybridConfig(dynamic_share=0.25, classifier="ranks"), [[False, False], [False, True]]),
         (HybridConfig(classifier="threshold"), [[False, False], [True, True]]),
-        (HybridConfig(classifier="reversed"), [[True, True], [False, False]]),
     ):
-        assert classify(mass, overlap, config).tolist() == expected
+        assert classify(mass, overlap, focus, config).tolist() == expected
     assert settled_share(mass, overlap)[1, 1] == pytest.approx(1 - 0.9 * 0.9)
 
 
@@ -117,14 +121,14 @@ def test_heads_that_look_at_the_context_and_move_are_dynamic():
     st.floats(0, 1),
     st.integers(0, 99),
     st.booleans(),
-    st.sampled_from(["ranks", "random", "reversed"]),
+    st.sampled_from(["focus", "ranks", "random", "reversed"]),
 )
 def test_share_is_met_exactly_whatever_the_scores(layers, heads, share, seed, ties, classifier):
-    mass, overlap = torch.rand(2, layers, heads, generator=torch.Generator().manual_seed(seed))
+    mass, overlap, focus = torch.rand(3, layers, heads, generator=torch.Generator().manual_seed(seed))
     if ties:
-        mass, overlap = mass.round(), overlap.round()
+        mass, overlap, focus = mass.round(), overlap.round(), focus.round()
     config = HybridConfig(dynamic_share=share, classifier=classifier)
-    assert int(classify(mass, overlap, config).sum()) == round(share * layers * heads)
+    assert int(classify(mass, overlap, focus, config).sum()) == round(share * layers * heads)
     assert sorted(ranks(mass).flatten().tolist()) == list(range(layers * heads))
 
 
