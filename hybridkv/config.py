@@ -54,7 +54,7 @@ class HybridConfig:
     strict: bool = True
     page_size: int = 16
     classifier: str = "focus"
-    dynamic_share: float = 0.5
+    dynamic_share: float = 0.25
     threshold: float = 0.9
     head_profile: str | None = None
     dynamic_weight: float = 1.0

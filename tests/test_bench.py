@@ -91,6 +91,26 @@ def test_the_quality_command_resumes_and_draws(tmp_path, capsys):
     assert rows[2]["kl"] < 1e-5 and "tokens/step" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_behind_its_last_batch_and_to_more_samples(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    command = ["--tasks", "lookup", "--tokens", "64", "--budgets", "0.5", "--policies", "snapkv", "streaming"]
+    command += ["--batch", "1", "--kl-only", "--out", str(out)]
+    quality.main([*command, "--samples", "1"])
+    prompts = tmp_path / "rows.jsonl.prompts"
+    kept = prompts.read_text()
+    prompts.write_text(kept + '["cut off while it was wri')
+    read = []
+    monkeypatch.setattr(quality, "make_case", lambda *args: (read.append(args[-1]), make_case(*args))[1])
+    quality.main([*command, "--samples", "3"])
+    assert read == [1, 2]  # the first prompt is not read again
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["policy"], row["samples"]) for row in rows] == [
+        (policy, samples) for samples in (1, 3) for policy in ("snapkv", "streaming")
+    ]
+    alone = json.loads(kept.splitlines()[0])[1][0]["kl"]
+    assert rows[0]["kl"] == alone != rows[2]["kl"] and rows[2]["accuracy"] is None
+
+
 def test_intervals_are_over_prompts():
     low, high = bootstrap(np.array([0.0, 1.0] * 20))
     assert 0.3 < low < 0.5 < high < 0.7
@@ -152,7 +172,7 @@ def test_a_profile_is_measured_saved_and_used(model, tmp_path):
     config = HybridConfig(budget=0.4, classifier="profile", head_profile=str(file))
     engine = Engine(model, config, compile=False)
     engine.generate([prompt(500, 0)], 3)
-    assert engine.stats.dynamic_heads == 2
+    assert engine.stats.dynamic_heads == 1
     for wrong, message in ((None, "hybridkv.calibrate"), (tmp_path / "no.json", "not a head profile")):
         with pytest.raises(ValueError, match=message):
             HeadProfile.load(wrong, (2, 2))

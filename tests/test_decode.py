@@ -69,7 +69,7 @@ def test_statistics(model):
     list(engine.stream([prompt(600, 0)], 8, on_layer=lambda: layers.append(1)))
     stats = engine.stats
     assert len(layers) == 2
-    assert stats.static_heads == stats.dynamic_heads == 2
+    assert (stats.static_heads, stats.dynamic_heads) == (3, 1)
     assert stats.bytes.step <= 0.3 * stats.bytes.full < stats.bytes.resident < stats.bytes.full
     assert stats.attended_tokens < 0.3 * 600
     assert stats.ttft_s > 0 and stats.ms_per_token > 0 and stats.bytes.new > 0
@@ -84,7 +84,7 @@ def profiled(tmp_path):
     def config(need, **chosen) -> HybridConfig:
         file = tmp_path / "heads.json"
         HeadProfile(torch.tensor(need), torch.tensor(need), 1, "test").save(file)
-        return HybridConfig(budget=0.3, classifier="profile", head_profile=str(file), **chosen)
+        return HybridConfig(budget=0.3, dynamic_share=0.5, classifier="profile", head_profile=str(file), **chosen)
 
     return config
 
