@@ -78,8 +78,10 @@ def test_pruning_keeps_what_the_question_names_and_loses_what_the_answer_leads_t
     assert share_kept(bundled, "chain", budget=0.2, dynamic_share=0.0) <= 0.2
 
 
-def test_retrieval_keeps_chains(bundled):
-    assert share_kept(bundled, "chain", budget=0.2, dynamic_share=1.0) >= 0.7
+def test_a_tenth_of_the_cache_keeps_chains_where_the_right_heads_retrieve(bundled):
+    """The default finds the heads that follow pointers; taking the others instead loses every chain."""
+    assert share_kept(bundled, "chain", budget=0.1) >= 0.7
+    assert share_kept(bundled, "chain", budget=0.1, classifier="reversed") <= 0.2
 
 
 def test_the_pictures_are_those_that_the_seeds_draw():
