@@ -11,8 +11,8 @@ Contenders, on the same weights, contexts and machine, run interleaved in one pr
     eager         transformers' own model on its DynamicCache, as `generate` runs it; only if asked for
     hybridkv B    the compressed cache with a budget of B; compiled
 
-Keys and values of the context are random (a prefill would take minutes and change nothing), and half of the heads are
-dynamic, so that random attention does not distort the budget.
+Keys and values of the context are random (a prefill would take minutes and change nothing), and the configured share of
+the heads is dynamic, so that random attention does not distort the budget.
 
 A step must at least read the weights and its share of the cache. `roofline` is the share of the step's time that this
 takes at the bandwidth of a copy, measured in the same run; `at most` is the speed-up over `dense` that the bytes allow.

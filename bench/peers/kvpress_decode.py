@@ -6,8 +6,8 @@ It pins an older transformers than ours, so it runs in an environment of its own
     peers/bin/python bench/peers/kvpress_decode.py --model FOLDER --contexts 2048 --budgets 0.1
 
 Text-only Llama and Qwen2 checkpoints, such as the folders that `bench.real_models` makes; `python -m bench.decode
---model FOLDER --eager` measures ours on the same weights, and transformers' eager step without compression. kvpress
-decodes eagerly. AdaKV is simulated there by masking: its cache stays as large as the full one.
+--model FOLDER --contenders dense hybridkv eager` measures ours on the same weights, and transformers' eager step without
+compression. kvpress decodes eagerly. AdaKV is simulated there by masking: its cache stays as large as the full one.
 """
 
 import argparse
