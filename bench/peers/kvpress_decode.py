@@ -5,9 +5,10 @@ It pins an older transformers than ours, so it runs in an environment of its own
     python -m venv peers && peers/bin/pip install -r bench/peers/requirements.txt
     peers/bin/python bench/peers/kvpress_decode.py --model FOLDER --contexts 2048 --budgets 0.1
 
-Text-only Llama and Qwen2 checkpoints, such as the folders that `bench.real_models` makes; `python -m bench.decode
---model FOLDER --contenders dense hybridkv eager` measures ours on the same weights, and transformers' eager step without
-compression. kvpress decodes eagerly. AdaKV is simulated there by masking: its cache stays as large as the full one.
+Text-only Llama and Qwen2 checkpoints, such as the folders that `bench.real_models` makes. On the same weights,
+`python -m bench.decode --model FOLDER --contenders dense hybridkv eager` measures ours, and transformers' eager step
+without compression. kvpress decodes eagerly. AdaKV is simulated there by masking: its cache stays as large as the full
+one.
 """
 
 import argparse
