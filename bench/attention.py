@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     args.layers = 1
     model = make_model(args)
-    about, bandwidth = describe("bench.attention", args, model, argv), copy_bandwidth(args.device)
+    about, bandwidth = describe("bench.attention", args, argv), copy_bandwidth(args.device)
     print(f"{'context':>8} {'attention':>14} {'ms':>9} {'spread':>9} {'MB read':>9} {'roofline':>9} {'speed-up':>9}")
     for context in args.contexts:
         times = measure(model, context, args.batch, args.budgets, args.repeats)

@@ -15,7 +15,8 @@ import torch
 from hybridkv.config import HybridConfig
 from hybridkv.profile import LayerProfile, Prefill
 from model import from_pretrained
-from model.config import Config
+from model.checkpoint import resolve
+from model.config import Config, load_config
 from model.decoder import Model
 
 QUESTION = 64  # tokens at the end of a random context that every head keeps
@@ -63,18 +64,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
 
 
+def model_config(args: argparse.Namespace) -> Config:
+    """The decoder that the arguments describe."""
+    if args.model:
+        return load_config(resolve(args.model))
+    chosen = {name: getattr(args, name) for name in SHAPES["small"] if name != "tied"}
+    return shape_config(**SHAPES[args.shape] | {name: value for name, value in chosen.items() if value is not None})
+
+
 def make_model(args: argparse.Namespace) -> Model:
-    """The decoder that the arguments describe, without gradients."""
+    """That decoder with its weights, without gradients."""
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     if args.model:
         return from_pretrained(args.model, dtype=dtype, device=args.device)
-    chosen = {name: getattr(args, name, None) for name in SHAPES["small"]}
-    shape = SHAPES[args.shape] | {name: value for name, value in chosen.items() if value is not None}
-    return random_model(**shape, device=args.device, dtype=dtype)
+    return random_model(model_config(args), args.device, dtype)
 
 
-def random_model(
+def shape_config(
     layers: int,
     kv_heads: int,
     group: int,
@@ -83,10 +90,8 @@ def random_model(
     intermediate_size: int,
     vocab_size: int,
     tied: bool,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Model:
-    cfg = Config(
+) -> Config:
+    return Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -100,6 +105,9 @@ def random_model(
         attention_bias=True,
         tie_word_embeddings=tied,
     )
+
+
+def random_model(cfg: Config, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # weights of the 7B in float32 first would need twice the memory
     try:
@@ -144,9 +152,9 @@ def copy_bandwidth(device: str, repeats: int = 9) -> float:
     return 2 * COPY_BYTES / statistics.median(seconds)
 
 
-def describe(module: str, args: argparse.Namespace, model: Model, argv: Sequence[str] | None) -> dict:
+def describe(module: str, args: argparse.Namespace, argv: Sequence[str] | None) -> dict:
     """What a row needs to be understood: model, machine, versions, command. Prints them, too."""
-    cfg, cuda = model.cfg, model.device.type == "cuda"
+    cfg, cuda = model_config(args), args.device.startswith("cuda")
     about = {
         "model": args.model or args.shape,
         "layers": cfg.num_hidden_layers,

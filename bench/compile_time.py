@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     given = list(sys.argv[1:] if argv is None else argv)
-    about = describe("bench.compile_time", args, make_model(args), argv)
+    about = describe("bench.compile_time", args, argv)
     print(f"{'layers':>8} {'cache':>12} {'cold, s':>9} {'warm, s':>9}")
     for depth in args.depths:
         for policy in args.policies:

@@ -19,6 +19,7 @@ takes at the bandwidth of a copy, measured in the same run; `at most` is the spe
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -189,7 +190,8 @@ def plot(rows: list[dict], file: Path) -> None:
         right.set(ylabel="speed-up over dense (dashed: at most)", title=f"{fixed} {group}")
         for axis in (left, right):
             axis.set(xlabel=x, xscale="log")
-            axis.set_xticks(at, [str(n) for n in at])
+            ticks = sorted({row[x] for row in rows})
+            axis.set_xticks(ticks, [str(n) for n in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
@@ -201,19 +203,21 @@ def plot(rows: list[dict], file: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--contexts", type=int, nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
+    add(
+        "--contexts", type=int, nargs="*", default=[8192, 32768], help="prompt tokens (default: 8192 32768); none: draw"
+    )
     add("--batches", type=int, nargs="+", default=[1], help="sequences decoded together (default: 1)")
     add("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="of hybridkv (default: 0.05 0.1 0.2)")
     add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")
     add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4], help="(default: all but eager)")
-    add("--plot", type=Path, help="picture of this run's rows")
+    add("--plot", type=Path, help="picture of this model's rows in --out, or of this run's")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if "dense" not in args.contenders:
         parser.error("dense is what the others are compared with: add it to --contenders")
 
     model = make_model(args)
-    about, bandwidth = describe("bench.decode", args, model, argv), copy_bandwidth(args.device)
+    about, bandwidth = describe("bench.decode", args, argv), copy_bandwidth(args.device)
     print(f"copies run at {bandwidth / 1e9:.1f} GB/s: the roofline")
     print(f"batch {'context':>8} {'cache':>14}" + "".join(f"{h:>10}" for h in COLUMNS), flush=True)
     rows = []
@@ -228,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(line(row), flush=True)
                 write_row(args.out, row | about)
                 rows.append(row | about)
+    if args.plot and args.out:
+        rows = [row for row in map(json.loads, args.out.read_text().splitlines()) if row["model"] == about["model"]]
     if args.plot and rows:
         plot(rows, args.plot)
 

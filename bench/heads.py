@@ -103,7 +103,7 @@ def main() -> None:
     row = {**vars(args), "need": need.tolist(), "base_kl": base, "classifiers": {}}
     for name, rank in ranks.items():
         correlation, covered = agreement(need, rank)
-        print(f"{name}: Spearman {correlation:.2f}; its dynamic half covers {covered:.0%} of the need")
+        print(f"{name}: Spearman {correlation:.2f}; its upper half covers {covered:.0%} of the need")
         row["classifiers"][name] = {"rank": rank.tolist(), "spearman": correlation, "covered": covered}
     if args.out:
         args.out.write_text(json.dumps(row, default=str) + "\n")

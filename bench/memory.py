@@ -8,8 +8,9 @@ whole cache stands beside the pages for a moment) and `hybridkv ahead` (heads kn
 is packed as it is read). Each runs in a process of its own.
 
 On CUDA the numbers are the allocator's. On a CPU they are those of the tensors that are alive, counted after every
-operation: what an operation allocates and frees inside is not seen. Weights are in all of them; `host` is the memory
-of the whole process. `fits` extrapolates the peak over both contexts to a device of --memory GB.
+operation: what an operation allocates and frees inside is not seen, and `decode_peak` is what is held when decoding
+begins, since an uncompiled step would gather pages. Weights are in all of them; `host` is the memory of the whole
+process. `fits` extrapolates the peak over both contexts to a device of --memory GB.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     given = list(sys.argv[1:] if argv is None else argv)
-    about = describe("bench.memory", args, make_model(args), argv)
+    about = describe("bench.memory", args, argv)
     head = "".join(f"{name:>14}" for name in (*STAGES, "host"))
     print(f"{'context':>8} {'cache':>16}{head}   MB")
     for contender in args.contenders:

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model, config = make_model(args), HybridConfig(budget=args.budget)
-    about = describe("bench.prefill", args, model, argv)
+    about = describe("bench.prefill", args, argv)
     print(f"{'context':>8} {'cache':>12} {'read':>9} {'plan':>9} {'pack':>9} {'total':>9} {'over plain':>11}   ms")
     for context in args.contexts:
         x = torch.randn(1, context, model.cfg.hidden_size, device=model.device, dtype=model.dtype)

@@ -57,7 +57,7 @@ def test_the_columns_of_the_decode_bench_follow_from_each_other(decoded):
 
 def test_all_full_caches_of_the_decode_bench_take_the_same_steps():
     """The contenders do the same work: from one random context they go on with the same tokens."""
-    model = common.random_model(2, 2, 3, 16, 48, 64, 128, False)
+    model = common.random_model(common.shape_config(2, 2, 3, 16, 48, 64, 128, False))
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.5)
@@ -69,12 +69,12 @@ def test_all_full_caches_of_the_decode_bench_take_the_same_steps():
 
 
 def test_weights_that_a_step_reads():
-    tied, untied = (common.random_model(1, 1, 2, 16, 32, 32, 100, tied) for tied in (True, False))
+    tied, untied = (common.random_model(common.shape_config(1, 1, 2, 16, 32, 32, 100, tied)) for tied in (True, False))
     assert common.weight_bytes(tied) == sum(p.nbytes for p in tied.parameters())
     assert common.weight_bytes(untied) == sum(p.nbytes for p in untied.parameters()) - 100 * 32 * 4
     assert (
         untied.cfg.tie_word_embeddings is False
-        and common.random_model(1, 1, 2, 16, 32, 32, 100, True, dtype=torch.bfloat16).dtype == torch.bfloat16
+        and common.random_model(untied.cfg, dtype=torch.bfloat16).dtype == torch.bfloat16
     )
 
 
@@ -88,7 +88,7 @@ def test_the_attention_bench_runs_every_contender(tmp_path):
 
 
 def test_all_full_attentions_of_the_attention_bench_agree():
-    model = common.random_model(1, 2, 3, 16, 48, 64, 128, True)
+    model = common.random_model(common.shape_config(1, 2, 3, 16, 48, 64, 128, True))
     field = attention.contenders(model, 200, 1, [1.0])
     q, (k, v) = torch.randn(1, 6, 1, 16), torch.randn(2, 1, 2, 1, 16)
     with torch.no_grad():
@@ -115,7 +115,9 @@ def test_live_tensors_are_counted_until_they_die():
 
 
 def test_the_memory_bench_sees_what_each_cache_holds(tmp_path, capsys):
-    model = common.random_model(12, 2, 1, 16, 32, 32, 64, True)  # deep enough for the cache to outweigh a layer
+    model = common.random_model(
+        common.shape_config(12, 2, 1, 16, 32, 32, 64, True)
+    )  # deep enough for the cache to outweigh a layer
     found = {name: memory.stages(model, name, 2000, 1, 0.2) for name in memory.CONTENDERS}
     cache = 2000 * 12 * 2 * 2 * 16 * 4
     for each in found.values():
