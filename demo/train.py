@@ -55,6 +55,7 @@ class Stage:
         lr: learning rate at the stage's first and last step, as a share of the full one.
         vision: share of that for the vision tower. Muon's steps have the same length however small the gradient is:
             at the full rate a tower that reads well forgets.
+        tasks, pairs: how often each kind is asked of one board, and of two to compare.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Stage:
     lr: tuple[float, float] = (1.0, 1.0)
     vision: float = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
+    pairs: dict[str, float] = field(default_factory=lambda: dict(COMPARED))
 
 
 HARDER = {"lookup": 1, "lookups": 2, "colour": 1, "right": 2, "down": 2, "chain": 2, "describe": 3}
@@ -89,6 +91,7 @@ STAGES = [
     Stage("again", 240, 6, 28, 1500, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.4, 0.25), tasks=HARDER),
     Stage("last", 420, 8, 64, 2400, 256, 0.2, 0.15, largest=4096, vision=0.1, lr=(0.25, 0.005), tasks=HARDER),
     Stage("settle", 230, 10, 64, 2400, 288, 0.1, 0.05, largest=4096, vision=0.1, lr=(0.15, 0.002), tasks=SETTLE),
+    Stage("sharpen", 760, 12, 64, 2400, 288, 0.15, 0.1, 0.7, 4096, (0.25, 0.001), 0.1, SETTLE, {"compare": 1}),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
@@ -101,7 +104,7 @@ def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str,
     while True:
         rows, cols = (round(2 ** rng.uniform(math.log2(stage.low), math.log2(stage.high))) for _ in range(2))
         if kind < stage.compared:
-            scene, tasks = Scene(rows, cols, 2, True), COMPARED
+            scene, tasks = Scene(rows, cols, 2, True), stage.pairs
         elif kind < stage.compared + stage.several:
             scene, tasks = Scene(rows, cols, int(rng.integers(2, 5))), SEVERAL
         else:

@@ -22,7 +22,7 @@ from hybridkv.pack import Placement, lane_tokens, place
 from hybridkv.pages import Capacity
 from hybridkv.plan import Costs, Plan, full_bytes
 from hybridkv.profile import Prefill
-from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, select
+from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, score_lanes, select
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class HybridCache(nn.Module):
         if not self.capacity.retrieve:
             return fixed, n_fixed
         chunks, n_retrieve = self._of(layer, self.chunks), self._of(layer, self.n_retrieve)
-        scores = self.summary.scores(q, chunks, self._of(layer, self.n_chunks), self._of(layer, self.row))
+        scores = score_lanes(self.summary, q, chunks, self._of(layer, self.n_chunks), self._of(layer, self.row))
         found = self._fetch(select(scores, chunks, self.capacity.retrieve))
         column = torch.arange(found.shape[1] + fixed.shape[1], device=q.device)
         k = n_retrieve[:, None]

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 
 from hybridkv.config import WORD, HybridConfig
 from hybridkv.prune import Span
@@ -134,6 +135,31 @@ def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
     mass = score.masked_fill(~valid[:, None], -1e30).softmax(-1)
     mass = mass.mean(1) if group == "mean" else mass.amax(1)
     return mass.masked_fill(~valid, -1.0)
+
+
+def score_lanes(
+    summary: "KeySketch | KeyBounds | ExactKeys", q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor
+) -> Tensor:
+    """`summary.scores` of all lanes, (L, C).
+
+    A compiled step on a CPU loops over the lanes that have chunks. All at once, the others would cost as much, and what
+    is unpacked for them would not stay in the CPU's cache. A GPU takes them along: they read one page over and over,
+    and a loop would make it wait for the host.
+    """
+    if not (q.is_cpu and torch.compiler.is_compiling()):
+        return summary.scores(q, chunks, n_chunks, row)
+    lanes = n_chunks.argsort(descending=True)
+
+    def more(i: Tensor, scores: Tensor) -> Tensor:
+        return i < (n_chunks > 0).sum()
+
+    def score(i: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        lane = lanes.index_select(0, i.view(1))
+        found = summary.scores(*(t.index_select(0, lane) for t in (q, chunks, n_chunks, row)))
+        return i + 1, scores.index_copy(0, lane, found)
+
+    none = torch.full(chunks.shape, -1.0)
+    return while_loop(more, score, (torch.zeros((), dtype=torch.int64), none))[1]
 
 
 def select(scores: Tensor, chunks: Tensor, count: int) -> Tensor:
