@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.quality import Lab, Variant, load_lab, parse_variant
+from bench.judge import Lab, Variant, load_lab, parse_variant
 from bench.tasks import make_case
 from hybridkv.classify import movement, ranks
 from hybridkv.plan import Plan, budgeted_plan, static_scores, text_attention

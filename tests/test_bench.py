@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import heads, quality
+from bench import heads, judge, quality
 from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
@@ -31,8 +31,8 @@ class Bytes:
         return " ".join(map(str, token_ids))
 
 
-def lab(model) -> quality.Lab:
-    return quality.Lab(model, Bytes(), "tiny")
+def lab(model) -> judge.Lab:
+    return judge.Lab(model, Bytes(), "tiny")
 
 
 def test_quality_measures_what_the_engine_generates(model):
@@ -41,7 +41,7 @@ def test_quality_measures_what_the_engine_generates(model):
     config = HybridConfig(budget=0.4, strict=False)
     texts = [Bytes().decode(r.token_ids) for r in Engine(model, config, compile=False).generate(prompts, 12)]
     cases = [Case(p, lambda text, want=want: text == want, 12) for p, want in zip(prompts, texts, strict=True)]
-    variants = [quality.Variant("h", "hybridkv", config), quality.Variant("f", "full", config)]
+    variants = [judge.Variant("h", "hybridkv", config), judge.Variant("f", "full", config)]
     measured = dict(lab(model).measure(cases, variants))
     assert [row["right"] for row in measured["h"]] == [True, True]
     assert all(row["kl"] > 1e-4 for row in measured["h"])
@@ -58,7 +58,7 @@ def test_a_second_turn_is_fed_through_the_compressed_cache(model):
     config = HybridConfig(budget=1.0)
     bench = lab(model)
     case = Case(short, None, 4, turn)
-    tokens, logits = quality.decode(
+    tokens, logits = judge.decode(
         Engine(model, config, "full", compile=False), bench.read([case], config), [case], None
     )
     (expected,) = Engine(model, config, "full", compile=False).generate([whole], 4)
@@ -68,12 +68,12 @@ def test_a_second_turn_is_fed_through_the_compressed_cache(model):
 
 
 def test_variants_name_policies_and_fields():
-    variant = quality.parse_variant("hybridkv:pool=1,dynamic_share=0.25,classifier=random")
+    variant = judge.parse_variant("hybridkv:pool=1,dynamic_share=0.25,classifier=random")
     assert (variant.policy, variant.config.pool, variant.config.classifier) == ("hybridkv", 1, "random")
-    assert quality.parse_variant("quest").config.retrieval == "bound"
+    assert judge.parse_variant("quest").config.retrieval == "bound"
     for text, message in (("nothing", "no policy"), ("snapkv:x=1", "no field 'x'"), ("snapkv:pool=2", "pool must")):
         with pytest.raises(ValueError, match=message):
-            quality.parse_variant(text)
+            judge.parse_variant(text)
 
 
 def test_the_quality_command_resumes_and_draws(tmp_path, capsys):

@@ -1,0 +1,188 @@
+"""Measures policies on prompts: what they answer, how far they diverge from the full cache, and what they cost."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from bench.real_models import REAL, fetch
+from bench.tasks import Case
+from hybridkv.config import HybridConfig
+from hybridkv.decode import Engine
+from hybridkv.demos import MODEL
+from hybridkv.policies import POLICIES
+from hybridkv.profile import Prefill
+from hybridkv.sampling import Sampling
+from model import Model, Processor, from_pretrained
+
+PROFILED = ("window", "top_share", "sinks", "recent")  # fields that the prefill itself depends on
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A policy with its configuration, as named on the command line."""
+
+    name: str
+    policy: str
+    config: HybridConfig
+
+
+def parse_variant(text: str) -> Variant:
+    """`snapkv` or `hybridkv:pool=1,dynamic_share=0.25`.
+
+    Raises:
+        ValueError: no such policy, field or value.
+    """
+    policy, _, settings = text.partition(":")
+    if policy not in POLICIES:
+        raise ValueError(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
+    known, given = {f.name for f in fields(HybridConfig)}, {}
+    for setting in filter(None, settings.split(",")):
+        key, _, value = setting.partition("=")
+        if key not in known:
+            raise ValueError(f"HybridConfig has no field {key!r}; it has {', '.join(sorted(known))}")
+        try:
+            given[key] = json.loads(value)
+        except json.JSONDecodeError:
+            given[key] = value
+    config = HybridConfig(strict=False, **given)
+    return Variant(text, policy, replace(config, retrieval="bound") if policy == "quest" else config)
+
+
+@dataclass
+class Read:
+    """Prompts that went through the prefill: what any policy starts from."""
+
+    prefills: list[Prefill]
+    first: Tensor  # (B,) the token that the prefill chooses
+    positions: list[int]
+
+
+def again(prefill: Prefill, config: HybridConfig) -> Prefill:
+    """The same record for another plan: loading a cache takes the keys and values out of the record it is given."""
+    copy = Prefill(prefill.prunable, config, spans=prefill.spans)
+    copy.layers = list(prefill.layers)
+    return copy
+
+
+def decode(
+    engine: Engine, read: Read, cases: Sequence[Case], path: list[list[int]] | None = None
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Runs the engine's policy on prompts, second turns first.
+
+    Args:
+        path: tokens to follow for each case; None follows the policy's own likeliest tokens.
+
+    Returns:
+        for each case the likeliest answer tokens, and the logits (N, V) that the cache had a part in: all but the
+        first token's, which the prefill decides, unless a second turn came before it.
+    """
+    turns = [case.then for case in cases]
+    limit = max(map(len, path)) + 1 if path else max(case.limit for case in cases)
+    steps = max(map(len, turns)) + limit - 1
+    engine.load([again(prefill, engine.config) for prefill in read.prefills], steps + 1)
+    engine.begin(read.positions, steps + 1, Sampling(), read.first.device)
+    state, cache = engine.state, engine.cache
+    fed = [list(turn) for turn in turns]
+    likeliest: list[list[int]] = [[] for _ in cases]
+    logits: list[list[Tensor]] = [[] for _ in cases]
+
+    def settle(b: int, token: int) -> None:
+        i = len(likeliest[b])
+        likeliest[b].append(token)
+        fed[b].append(path[b][min(i, len(path[b]) - 1)] if path else token)
+
+    for b, turn in enumerate(turns):
+        if not turn:
+            settle(b, int(read.first[b]))
+    for t in range(steps):
+        state.token.copy_(torch.tensor([row[t] for row in fed]))
+        out = engine.model.step(state.token, state.position, cache)
+        cache.advance(state.active)
+        state.position.add_(state.active)
+        for b, token in enumerate(out.argmax(-1).tolist()):
+            if t + 1 >= len(turns[b]):
+                settle(b, token)
+                logits[b].append(out[b])
+        if not path and all(set(row) & set(engine.eos) for row in likeliest):
+            break
+    return [row[:limit] for row in likeliest], [torch.stack(rows) for rows in logits]
+
+
+def cut(tokens: list[int], eos: Sequence[int], limit: int) -> list[int]:
+    """Up to the end token or the limit, the end token left out."""
+    ends = [i for i, token in enumerate(tokens) if token in eos]
+    return tokens[: min([*ends[:1], limit])]
+
+
+class Lab:
+    """One model, and what every variant of a run has in common."""
+
+    def __init__(self, model: Model, processor: Processor, name: str):
+        self.model, self.processor, self.name = model, processor, name
+
+    @torch.no_grad()
+    def read(self, cases: Sequence[Case], config: HybridConfig) -> Read:
+        engine = Engine(self.model, config, "full", compile=False)
+        prefills, logits, positions = engine.prefill([case.prompt for case in cases])
+        return Read(prefills, logits.argmax(-1), positions)
+
+    @torch.no_grad()
+    def measure(
+        self, cases: Sequence[Case], variants: Sequence[Variant], answers: bool = True
+    ) -> Iterator[tuple[str, list[dict]]]:
+        """For each variant, one record a case: right (None without `answers`), kl, bytes, attended tokens."""
+        eos = self.model.cfg.eos_token_id
+        reads: dict[tuple, Read] = {}
+        path: list[list[int]] = []
+        for variant in variants:
+            key = tuple(getattr(variant.config, name) for name in PROFILED)
+            if key not in reads:
+                reads = {key: self.read(cases, variant.config)}  # one at a time: these are whole caches
+            read = reads[key]
+            if not path:
+                path, logits = decode(Engine(self.model, variant.config, "dense", eos, compile=False), read, cases)
+                path = [cut(row, eos, case.limit) or row[:1] for row, case in zip(path, cases, strict=True)]
+                # The end token is judged, too: as many distributions as the answer has tokens.
+                counts = [len(row) + bool(case.then) for row, case in zip(path, cases, strict=True)]
+                reference = [rows[:n].log_softmax(-1) for rows, n in zip(logits, counts, strict=True)]
+            engine = Engine(self.model, variant.config, variant.policy, eos, compile=False)
+            tokens, logits = decode(engine, read, cases, path)
+            kl = [
+                float((want.exp() * (want - rows[: len(want)].log_softmax(-1))).sum(-1).mean())
+                for want, rows in zip(reference, logits, strict=True)
+            ]
+            del logits
+            deviates = any(
+                cut(row, eos, min(case.limit, len(want) + 1)) != want
+                for row, case, want in zip(tokens, cases, path, strict=True)
+            )
+            if answers and deviates:
+                tokens, _ = decode(engine, read, cases)  # following its own tokens, it goes elsewhere
+            cached = engine.cache.count_bytes()
+            yield (
+                variant.name,
+                [
+                    {
+                        "right": case.right(self.processor.decode(cut(row, eos, case.limit)))
+                        if answers and case.right
+                        else None,
+                        "kl": divergence,
+                        "resident_bytes": cached.resident / len(cases),
+                        "full_bytes": cached.full / len(cases),
+                        "step_bytes": cached.step / len(cases),
+                        "attended_tokens": engine.stats.attended_tokens,
+                        "prompt_tokens": len(case.prompt.input_ids),
+                        "visual_tokens": case.prompt.visual_tokens,
+                    }
+                    for case, row, divergence in zip(cases, tokens, kl, strict=True)
+                ],
+            )
+
+
+def load_lab(name: str, device: str) -> Lab:
+    """A model by name (fetched and converted if need be) or folder, in float32."""
+    folder = MODEL if name == "demo" else fetch(name) if name in REAL else name
+    return Lab(from_pretrained(folder, dtype=torch.float32, device=device), Processor.from_pretrained(folder), name)
