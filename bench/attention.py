@@ -26,7 +26,7 @@ from model.decoder import Model
 
 def plain_sdpa(cache: DenseCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What most code does: the query heads as they are, `enable_gqa`. Nothing is appended."""
-    keys, values = (t.view(len(q), cache.heads, cache.slots, -1) for t in (cache.keys0, cache.values0))
+    keys, values = (t.view(len(q), cache.heads, cache.slots, -1) for t in (cache[0].keys, cache[0].values))
     mask = torch.arange(cache.slots, device=q.device) <= cache.length[:, None]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)
 

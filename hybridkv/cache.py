@@ -9,9 +9,7 @@ A decoding step only reads and writes tensors of fixed size: nothing depends on 
 recompiles, and another prompt is loaded into the same tensors.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from einops import rearrange
@@ -44,6 +42,22 @@ class CacheBytes:
     allocated: int
 
 
+class CacheLayer(nn.Module):
+    """One layer of a cache: what takes the place of attention in a decoding step.
+
+    A module, since `torch.compile` traces one layer for all only if what differs between them are modules and tensors.
+    """
+
+    def __init__(self, cache: "HybridCache", layer: int, device: torch.device):
+        super().__init__()
+        self.cache = (cache,)  # in a tuple, it is no submodule: it owns this one
+        self.register_buffer("layer", torch.tensor(layer, device=device), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `HybridCache.attend`."""
+        return self.cache[0].attend(self.layer, q, k, v)
+
+
 class HybridCache(nn.Module):
     """See the module. Sizes follow `capacity`; shapes, dtype and device follow the prefills' keys."""
 
@@ -66,16 +80,15 @@ class HybridCache(nn.Module):
         buffer("chunks", *lanes, max(1, capacity.chunks))
         for name in ("n_fixed", "n_chunks", "n_retrieve", "tail", "fill", "row"):  # as many as plan.SCALARS
             buffer(name, *lanes)
-        for layer in range(lanes[0]):
-            self.register_buffer(f"layer{layer}", torch.tensor(layer, device=key.device), persistent=False)
+        self.layers = nn.ModuleList(CacheLayer(self, layer, key.device) for layer in range(lanes[0]))
         buffer("next_page", 2)  # the first free page of the store, and of the rest
         summary = {"sketch": KeySketch, "bound": KeyBounds, "exact": ExactKeys}[config.retrieval]
         self.summary = summary(capacity.n_store, capacity.rows, dim, config, key)
         self._loaded: list[Plan] = []
         self._prompt_pages = (0, 0)
 
-    def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return partial(self.attend, getattr(self, f"layer{layer}"))
+    def __getitem__(self, layer: int) -> "CacheLayer":
+        return self.layers[layer]
 
     def attend(self, layer: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer's attention in a decoding step: appends one token, then reads the pages that the plan lists.
