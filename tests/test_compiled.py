@@ -118,7 +118,7 @@ def generated_code(model, engine):
     step = torch.compile(decode_step, fullgraph=True, dynamic=False)
     with torch.no_grad():
         _, code = run_and_get_code(step, model, other.cache, other.state, True)
-    traces = len(compilation_time_metrics["invoke_subgraph_trace"])
+    traces = len(compilation_time_metrics.get("invoke_subgraph_trace", ()))
     return "\n".join(code), other.cache, traces
 
 
