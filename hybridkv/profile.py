@@ -56,9 +56,9 @@ def window_probabilities(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
     Returns:
         (G, W, T) float32 probabilities.
     """
-    logits = (q[:, rows].float() @ k.float().T) * q.shape[-1] ** -0.5
+    logits = (q[:, rows].float() * q.shape[-1] ** -0.5) @ k.float().T
     hidden = torch.arange(k.shape[0], device=k.device) > rows[:, None]  # (W, T)
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    return logits.masked_fill_(hidden, float("-inf")).softmax(-1)
 
 
 def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
@@ -82,12 +82,11 @@ def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: Hyb
         p = window_probabilities(group, key, rows)  # (G, W, T)
         if not len(rows):  # no text sees the context: nothing is known, and all scores are 0
             p = p.new_zeros(p.shape[0], 1, p.shape[2])
-        context = p[..., prunable]
         score.append(p.amax((0, 1)))
         mean.append(p.mean((0, 1)))
-        mass.append(context.sum(-1).mean())
-        focus.append(p.masked_fill(~prunable, 0.0).amax(-1).mean())
-        overlap.append(jaccard_overlap(context.mean(0), config.top_share))
+        mass.append(mean[-1][prunable].sum())
+        overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share))
+        focus.append(p.masked_fill_(~prunable, 0.0).amax(-1).mean())
     return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, focus, overlap)))
 
 
