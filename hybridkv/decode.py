@@ -28,6 +28,10 @@ from hybridkv.policies import POLICIES
 from hybridkv.profile import Prefill, outline
 from hybridkv.sampling import Sampling, sample
 
+# The compile cache on disk refuses graphs with a loop (`retrieve.score_lanes`) unless told that their bodies are part of
+# its key, which they are.
+CPU_OPTIONS = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__}}
+
 
 class DecodeState(nn.Module):
     """What a step reads and writes beside the cache. Buffers, so that CUDA graphs can keep their addresses."""
@@ -288,8 +292,8 @@ class Engine:
         """For a cache or state of a new size. Its own code object keeps other sizes' graphs out of Dynamo's count."""
         if self.compile:
             step = FunctionType(decode_step.__code__.replace(), decode_step.__globals__)
-            mode = "reduce-overhead" if next(self.cache.buffers()).is_cuda else None
-            self._decode_step = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
+            how = {"mode": "reduce-overhead"} if next(self.cache.buffers()).is_cuda else {"options": CPU_OPTIONS}
+            self._decode_step = torch.compile(step, fullgraph=True, dynamic=False, **how)
 
     def generate(
         self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, sampling: Sampling | None = None

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import compilation_time_metrics, counters
-from torch._inductor.utils import run_and_get_code
+from torch._higher_order_ops.while_loop import while_loop
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn import functional as F
 
 import hybridkv.attention as attention_module
@@ -17,7 +18,7 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
 from hybridkv.attention import attend_gathered, attend_pages, tail_first
-from hybridkv.decode import DecodeState, decode_step
+from hybridkv.decode import CPU_OPTIONS, DecodeState, decode_step
 from tests.lab import prompt
 
 POOL, LAYERS, LANES, DIM = 40, 2, 3, 16
@@ -186,3 +187,23 @@ def test_a_step_is_made_of_few_kernels(generated_code):
     assert 5 < len(set(kernels)) <= 22
     assert 5 < len(re.findall(r"extern_kernels\.\w*mm\w*\(", code)) <= 14
     assert len(re.findall(r"= torch\.ops\.aten\.topk\.default\(", code)) == 1
+
+
+def test_the_compile_cache_keeps_loops_and_tells_them_apart():
+    def power(base, n):
+        def more(i, x):
+            return i < n.sum()
+
+        def times(i, x):
+            return i + 1, x * base
+
+        return while_loop(more, times, (torch.zeros((), dtype=torch.int64), torch.ones(())))[1]
+
+    three = torch.tensor([3])
+    with fresh_cache():
+        for base, hits in ((2.0, 0), (3.0, 0), (2.0, 1)):
+            torch._dynamo.reset()
+            counters.clear()
+            compiled = torch.compile(functools.partial(power, base), fullgraph=True, options=CPU_OPTIONS)
+            assert float(compiled(three)) == base**3
+            assert counters["aot_autograd"]["autograd_cache_hit"] == hits
