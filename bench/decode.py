@@ -165,20 +165,24 @@ def line(row: dict) -> str:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Milliseconds, with the roofline dashed, and speed-up, with what the bytes allow dashed; a row for each batch.
+    """Milliseconds, with the roofline dashed, and speed-up, with what the bytes allow dashed.
 
-    The x axis is the context; if there was only one, the batch.
+    A row of pictures against the context for each batch, and against the batch for each context, that has several.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    x, fixed = ("context", "batch") if len({row["context"] for row in rows}) > 1 else ("batch", "context")
-    groups = sorted({row[fixed] for row in rows})
+    lines = [
+        (x, fixed, group)
+        for x, fixed in (("context", "batch"), ("batch", "context"))
+        for group in sorted({row[fixed] for row in rows})
+        if len({row[x] for row in rows if row[fixed] == group}) > 1
+    ] or [("context", "batch", rows[0]["batch"])]
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    figure, axes = plt.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
-    for (left, right), group in zip(axes, groups, strict=True):
+    figure, axes = plt.subplots(len(lines), 2, figsize=(11, 4 * len(lines)), squeeze=False)
+    for (left, right), (x, fixed, group) in zip(axes, lines, strict=True):
         for i, name in enumerate(names):
             mine = sorted((r for r in rows if r["contender"] == name and r[fixed] == group), key=lambda r: r[x])
             at, colour = [row[x] for row in mine], f"C{i}"
@@ -190,7 +194,7 @@ def plot(rows: list[dict], file: Path) -> None:
         right.set(ylabel="speed-up over dense (dashed: at most)", title=f"{fixed} {group}")
         for axis in (left, right):
             axis.set(xlabel=x, xscale="log")
-            ticks = sorted({row[x] for row in rows})
+            ticks = sorted({row[x] for row in rows if row[fixed] == group})
             axis.set_xticks(ticks, [str(n) for n in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
