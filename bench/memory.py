@@ -10,10 +10,11 @@ is packed as it is read). Each runs in a process of its own.
 On CUDA the numbers are the allocator's. On a CPU they are those of the tensors that are alive, counted after every
 operation: what an operation allocates and frees inside is not seen, and `decode_peak` is what is held when decoding
 begins, since an uncompiled step would gather pages. Weights are in all of them; `host` is the memory of the whole
-process. `fits` extrapolates the peak over both contexts to a device of --memory GB.
+process. What fits into --memory GB is extrapolated from the peaks of two contexts, or of two batches.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -129,51 +130,52 @@ def stages(model: Model, contender: str, context: int, batch: int, budget: float
         return found | {"host": psutil.Process().memory_info().rss}
 
 
-def largest(rows: list[dict], memory: float) -> int | None:
-    """The context at which the peak reaches `memory` bytes, on a line through the shortest and the longest one."""
+def largest(rows: list[dict], of: str, memory: float) -> int | None:
+    """The context or batch at which the peak reaches `memory` bytes, on a line through the first row and the last."""
     low, high = rows[0], rows[-1]
-    slope = (high["peak"] - low["peak"]) / max(1, high["context"] - low["context"])
-    return int(low["context"] + (memory - low["peak"]) / slope) if slope > 0 else None
+    slope = (high["peak"] - low["peak"]) / max(1, high[of] - low[of])
+    return int(low[of] + (memory - low["peak"]) / slope) if slope > 0 else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--contexts", type=int, nargs="+", default=[4096, 16384], help="prompt tokens (default: 4096 16384)")
-    add("--batch", type=int, default=1)
+    add("--batches", type=int, nargs="+", default=[1], help="sequences held together (default: 1)")
     add("--budget", type=float, default=0.1, help="of hybridkv (default: 0.1)")
     add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    add("--memory", type=float, default=24, help="GB of the device for `fits` (default: 24)")
+    add("--memory", type=float, default=24, help="GB of a device that something is to fit into (default: 24)")
     add("--one", action="store_true", help=argparse.SUPPRESS)  # measure one contender here, print JSON
     add_model_arguments(parser)
     args = parser.parse_args(argv)
     if args.one:
-        print(json.dumps(stages(make_model(args), args.contenders[0], args.contexts[0], args.batch, args.budget)))
+        print(json.dumps(stages(make_model(args), args.contenders[0], args.contexts[0], args.batches[0], args.budget)))
         return
 
     given = list(sys.argv[1:] if argv is None else argv)
     about = describe("bench.memory", args, argv)
     head = "".join(f"{name:>14}" for name in (*STAGES, "host"))
-    print(f"{'context':>8} {'cache':>16}{head}   MB")
+    print(f"batch {'context':>8} {'cache':>16}{head}   MB")
     for contender in args.contenders:
         rows = []
-        for context in sorted(args.contexts):
-            command = [sys.executable, "-m", "bench.memory", *given, "--one"]
-            done = subprocess.run(
-                [*command, "--contexts", str(context), "--contenders", contender], capture_output=True, text=True
-            )
+        for batch, context in itertools.product(sorted(args.batches), sorted(args.contexts)):
+            one = ["--one", "--batches", str(batch), "--contexts", str(context), "--contenders", contender]
+            done = subprocess.run([sys.executable, "-m", "bench.memory", *given, *one], capture_output=True, text=True)
             if done.returncode:
-                print(f"{context:8d} {contender:>16} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
+                reason = done.stderr.strip().splitlines()[-1]
+                print(f"{batch:5d} {context:8d} {contender:>16} failed: {reason}", flush=True)
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
-            row = {"contender": contender, "context": context, "batch": args.batch, "budget": args.budget}
+            row = {"contender": contender, "context": context, "batch": batch, "budget": args.budget}
             row |= {"bytes": found, "peak": max(found["prefill_peak"], found["decode_peak"])}
             cells = "".join(f"{found[name] / 1e6:14.1f}" for name in (*STAGES, "host"))
-            print(f"{context:8d} {contender:>16}{cells}", flush=True)
+            print(f"{batch:5d} {context:8d} {contender:>16}{cells}", flush=True)
             write_row(args.out, row | about)
             rows.append(row)
-        if len(rows) > 1 and (fits := largest(rows, args.memory * 1e9)):
-            print(f"{'':8} {contender:>16} a context of {fits:,} tokens fits into {args.memory:g} GB", flush=True)
+        for of, other, at in (("context", "batch", min(args.batches)), ("batch", "context", max(args.contexts))):
+            line = [row for row in rows if row[other] == at]
+            if len(line) > 1 and (fits := largest(line, of, args.memory * 1e9)):
+                print(f"{contender:>31}: at {other} {at}, a {of} of {fits:,} fits into {args.memory:g} GB", flush=True)
 
 
 if __name__ == "__main__":
