@@ -1,8 +1,10 @@
 """The compiled step: same results as uncompiled, one graph, no recompilation, no copy of the pool, no host sync."""
 
 import functools
+import gc
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -107,6 +109,26 @@ def test_a_longer_prompt_gets_a_larger_cache(model, engine):
     before = small.cache
     small.generate([prompt(1500, 0)], 4)
     assert small.cache is not before and small.cache.capacity.n_pages > before.capacity.n_pages
+
+
+@pytest.mark.parametrize("policy", ["hybridkv", "dense"])
+def test_the_old_cache_is_gone_before_a_larger_one_is_made(model, policy, monkeypatch):
+    """Without waiting for the garbage collector: two pools at once may not fit into the device."""
+    engine = Engine(model, HybridConfig(budget=0.3), policy, compile=False)
+    engine.generate([prompt(700, 0)], 4)
+    old = weakref.ref(engine.cache)
+    kind, make = type(engine.cache), type(engine.cache).__init__
+
+    def first_look(self, *args):
+        assert old() is None
+        make(self, *args)
+
+    monkeypatch.setattr(kind, "__init__", first_look)
+    gc.disable()
+    try:
+        engine.generate([prompt(1500, 0)], 4)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(scope="module")
