@@ -113,7 +113,7 @@ def test_a_longer_prompt_gets_a_larger_cache(model, engine):
 
 @pytest.mark.parametrize("policy", ["hybridkv", "dense"])
 def test_the_old_cache_is_gone_before_a_larger_one_is_made(model, policy, monkeypatch):
-    """Without waiting for the garbage collector: two pools at once may not fit into the device."""
+    """And not when the garbage collector happens to run: two pools at once may not fit into the device."""
     engine = Engine(model, HybridConfig(budget=0.3), policy, compile=False)
     engine.generate([prompt(700, 0)], 4)
     old = weakref.ref(engine.cache)
