@@ -77,6 +77,7 @@ class Stage:
 HARDER = {"lookup": 1, "lookups": 2, "colour": 1, "right": 2, "down": 2, "chain": 2, "describe": 3}
 NAMES = HARDER | {"lookups": 6}
 SETTLE = {"lookup": 1, "lookups": 3, "colour": 1, "right": 3, "down": 3, "chain": 3, "describe": 3}
+LAST = {"tasks": SETTLE, "pairs": {"compare": 1}}
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0),
     Stage("neighbours", 250, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.3)),
@@ -91,7 +92,7 @@ STAGES = [
     Stage("again", 240, 6, 28, 1500, 224, several=0.2, compared=0.2, vision=0.1, lr=(0.4, 0.25), tasks=HARDER),
     Stage("last", 420, 8, 64, 2400, 256, 0.2, 0.15, largest=4096, vision=0.1, lr=(0.25, 0.005), tasks=HARDER),
     Stage("settle", 230, 10, 64, 2400, 288, 0.1, 0.05, largest=4096, vision=0.1, lr=(0.15, 0.002), tasks=SETTLE),
-    Stage("sharpen", 760, 12, 64, 2400, 288, 0.15, 0.1, 0.7, 4096, (0.25, 0.001), 0.1, SETTLE, {"compare": 1}),
+    Stage("sharpen", 760, 12, 64, 2400, 288, 0.15, 0.1, largest=4096, vision=0.1, lr=(0.25, 0.001), **LAST),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20

@@ -21,6 +21,7 @@ from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
 from hybridkv.attention import attend_gathered, attend_pages, tail_first
 from hybridkv.decode import CPU_OPTIONS, DecodeState, decode_step
+from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, score_lanes
 from tests.lab import prompt
 
 POOL, LAYERS, LANES, DIM = 40, 2, 3, 16
@@ -68,6 +69,38 @@ def test_compiled_attention_reads_exactly_the_listed_pages(variant, seed):
     # Softmax and sums over at most 12 pages in float32, in another order: a few units in the last place of max|v|.
     bound = 12 * page_size * torch.finfo(torch.float32).eps * float(values.abs().max())
     torch.testing.assert_close(out, attend_gathered(*args, page_size), atol=bound, rtol=0)
+
+
+@functools.cache
+def summary_and_compiled_scores(kind):
+    """Summaries of a store of 16 pages, whose first two lanes have sketches, and `score_lanes` compiled once."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 7 * 16, DIM, generator=generator)
+    summary = kind(16, 3, DIM, HybridConfig(), keys)
+    pages = [torch.arange(1, 8), torch.arange(8, 15)]
+    summary.pack(keys, [torch.cat((p, torch.tensor([15]))) for p in pages], torch.tensor([1, 2]), 7)
+    return summary, torch.compile(functools.partial(score_lanes, summary), fullgraph=True, dynamic=False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([KeySketch, KeyBounds, ExactKeys]), st.permutations([0, 1, 2, 3]), st.integers(0, 10**6))
+def test_lanes_with_chunks_are_scored_alone_as_all_together(kind, order, seed):
+    """Some lanes have no chunks, perhaps none has: they get -1 everywhere, the others what scoring all at once says."""
+    summary, compiled = summary_and_compiled_scores(kind)
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 8, (2,), generator=generator).tolist()
+    chunks, n_chunks, row = (
+        torch.zeros(4, 8, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(4).int(),
+    )
+    for number, (lane, n) in enumerate(zip(order, counts, strict=False)):
+        chunks[lane, :n] = 1 + 7 * number + torch.randperm(7, generator=generator)[:n].int()
+        n_chunks[lane], row[lane] = n, number + 1
+    q = torch.randn(4, 3, DIM, generator=generator)
+    expected = summary.scores(q, chunks, n_chunks, row)
+    assert (expected[n_chunks == 0] == -1).all()
+    torch.testing.assert_close(compiled(q, chunks, n_chunks, row), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
