@@ -9,6 +9,7 @@ A decoding step only reads and writes tensors of fixed size: nothing depends on 
 recompiles, and another prompt is loaded into the same tensors.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +51,12 @@ class CacheLayer(nn.Module):
 
     def __init__(self, cache: "HybridCache", layer: int, device: torch.device):
         super().__init__()
-        self.cache = (cache,)  # in a tuple, it is no submodule: it owns this one
+        self.cache = weakref.ref(cache)  # which owns this layer: a cycle would keep a dropped cache's memory
         self.register_buffer("layer", torch.tensor(layer, device=device), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `HybridCache.attend`."""
-        return self.cache[0].attend(self.layer, q, k, v)
+        return self.cache().attend(self.layer, q, k, v)
 
 
 class HybridCache(nn.Module):

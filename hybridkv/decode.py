@@ -8,7 +8,6 @@ where prompts have `input_ids` (T,) and `prunable` (T,), and perhaps `spans` (wh
 `kv[layer](q, k, v)` is a layer's attention.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -146,7 +145,7 @@ class Engine:
         if self.policy == "dense":
             slots, batch = max(len(p.prunable) for p in prefills) + new_tokens, len(prefills)
             if not self.cache or self.cache.slots < slots or len(self.cache.length) != batch:
-                self._drop_cache()
+                self.cache = None
                 self.cache = DenseCache(slots, batch, prefills[0])
                 self._compile()
             self._count_heads([full_plan(p) for p in prefills])
@@ -206,15 +205,10 @@ class Engine:
         """A paged cache that can hold these plans: the one that is there, or a new one."""
         capacity = Capacity.of(plans, new_tokens)
         if not self.cache or self.cache.batch != len(plans) or not self.cache.capacity.covers(capacity):
-            self._drop_cache()
+            self.cache = None  # free the old pool before the new one is made
             self.cache = HybridCache(capacity, len(plans), like)
             self._compile()
         self._count_heads(plans)
-
-    def _drop_cache(self) -> None:
-        """Frees the old pool before a new one is made: two at once may not fit. A cache and its layers are a cycle."""
-        self.cache = None
-        gc.collect()
 
     def _count_heads(self, plans: list[Plan]) -> None:
         dynamic = torch.stack([plan.dynamic for plan in plans])

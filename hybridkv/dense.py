@@ -4,6 +4,8 @@ Same interface as `HybridCache`, no pages, no tables. The group's query heads ar
 to do grouped-query decoding with SDPA.
 """
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,13 +20,13 @@ class DenseLayer(nn.Module):
 
     def __init__(self, cache: "DenseCache", slots: int, like: Tensor):
         super().__init__()
-        self.cache = (cache,)  # in a tuple, it is no submodule: it owns this one
+        self.cache = weakref.ref(cache)  # which owns this layer: a cycle would keep a dropped cache's memory
         for name in ("keys", "values"):
             self.register_buffer(name, like.new_zeros(1, 1, slots, like.shape[-1]), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends one token's k, v (B, H, 1, D) and attends: q (B, Hq, 1, D) -> (B, Hq, 1, D)."""
-        (cache,) = self.cache
+        cache = self.cache()
         heads, size, length = cache.heads, cache.slots, cache.length
         lane = torch.arange(k.shape[0] * heads, device=k.device)
         slots = lane * size + length.repeat_interleave(heads)

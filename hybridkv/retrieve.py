@@ -148,10 +148,10 @@ def score_lanes(
     """
     if not (q.is_cpu and torch.compiler.is_compiling()):
         return summary.scores(q, chunks, n_chunks, row)
-    lanes = n_chunks.argsort(descending=True)
+    lanes, count = n_chunks.argsort(descending=True), (n_chunks > 0).sum()
 
     def more(i: Tensor, scores: Tensor) -> Tensor:
-        return i < (n_chunks > 0).sum()
+        return i < count
 
     def score(i: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         lane = lanes.index_select(0, i.view(1))
