@@ -7,10 +7,8 @@ Contenders: `dense` (plain tensors), `full` (on pages), `hybridkv` (planned when
 whole cache stands beside the pages for a moment) and `hybridkv ahead` (heads known from an offline profile: each layer
 is packed as it is read). Each runs in a process of its own.
 
-On CUDA the numbers are the allocator's. On a CPU they are those of the tensors that are alive, counted after every
-operation: what an operation allocates and frees inside is not seen, and `decode_peak` is what is held when decoding
-begins, since an uncompiled step would gather pages. Weights are in all of them; `host` is the memory of the whole
-process. What fits into --memory GB is extrapolated from the peaks of two contexts, or of two batches.
+The numbers are the allocator's; on a CPU the profiler tells them. A compiled step is measured after a few others, and
+includes its activations. Weights are in all numbers; `host` is the memory of the whole process. What fits into --memory GB is extrapolated from the peaks of two contexts, or of two batches.
 """
 
 import argparse
@@ -19,14 +17,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 from bench.common import QUESTION, add_model_arguments, describe, make_model, write_row
 from hybridkv.config import HybridConfig
@@ -35,57 +31,28 @@ from hybridkv.head_profile import HeadProfile
 from model.decoder import Model
 
 CONTENDERS = ("dense", "full", "hybridkv", "hybridkv ahead")
+WARM_UP = 3  # steps before one is measured
 STAGES = ("weights", "prefill_peak", "prefilled", "decode_peak")
 
 
-class LiveTensors(TorchDispatchMode):
-    """Bytes of all tensors that operations made and that are still alive, and the most there ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.sizes[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-
-    def now(self) -> int:
-        self.sizes = {key: kept for key, kept in self.sizes.items() if not kept[0].expired()}
-        return sum(size for _, size in self.sizes.values())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
-        self.peak = max(self.peak, self.now())
-        return out
+def traced(work: Callable[[], object]) -> tuple[int, int]:
+    """What `work` adds to the CPU's allocated memory at most, and what is left of it at the end, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    running = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())))
+    return max(running, default=0), running[-1] if running else 0
 
 
-class Allocator:
-    """The same, as CUDA's allocator counts it."""
-
-    def __enter__(self) -> "Allocator":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    @property
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated()
-
-    @peak.setter
-    def peak(self, _: int) -> None:
-        torch.cuda.reset_peak_memory_stats()
-
-    def add(self, tensor: torch.Tensor) -> None:
-        pass
-
-    def now(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
+def measured(work: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Bytes on the device at the peak of `work`, and at its end, beyond those at its beginning."""
+    if device.type != "cuda":
+        return traced(work)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
 
 
 class RandomPrompt:
@@ -110,24 +77,16 @@ def stages(model: Model, contender: str, context: int, batch: int, budget: float
             file = Path(folder, "heads.json")
             HeadProfile(torch.rand(shape), torch.rand(shape), 1, "random").save(file)
             config = HybridConfig(budget=budget, classifier="profile", head_profile=str(file))
-        engine = Engine(model, config, policy, compile=model.device.type == "cuda")
+        engine = Engine(model, config, policy)
         prompts = [RandomPrompt(context, model.cfg.vocab_size) for _ in range(batch)]
-        meter = Allocator() if model.device.type == "cuda" else LiveTensors()
-        for p in model.parameters():
-            meter.add(p)
-        found = {"weights": meter.now()}
-        meter.peak = 0
-        with meter:
-            steps = engine.stream(prompts, 4, Sampling())
+        weights = sum(p.nbytes for p in model.parameters())
+        steps = engine.stream(prompts, WARM_UP + 2, Sampling())
+        peak, held = measured(lambda: next(steps), model.device)
+        found = {"weights": weights, "prefill_peak": weights + peak, "prefilled": weights + held}
+        for _ in range(WARM_UP):  # compiles, and on CUDA records the graph
             next(steps)
-        found |= {"prefill_peak": meter.peak, "prefilled": meter.now()}
-        meter.peak = 0
-        if model.device.type == "cuda":
-            list(steps)
-            found["decode_peak"] = meter.peak
-        else:  # uncompiled, a step gathers pages; compiled, it holds what it held before, and activations
-            found["decode_peak"] = found["prefilled"]
-        return found | {"host": psutil.Process().memory_info().rss}
+        peak, _ = measured(lambda: next(steps), model.device)
+        return found | {"decode_peak": weights + held + peak, "host": psutil.Process().memory_info().rss}
 
 
 def largest(rows: list[dict], of: str, memory: float) -> int | None:

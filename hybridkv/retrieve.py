@@ -103,7 +103,7 @@ def sketch_scores(
     # repeating that for each of them takes longer than writing floats and reading them again.
     score = unpacked_matmul if q.is_cpu else fused_matmul
     token = sum(score(projected[..., j::WORD], from_words(words, j)) for j in range(WORD))  # (L, G, C, page_size)
-    return chunk_mass(token.logsumexp(-1), n_chunks, group)
+    return chunk_mass(token, n_chunks, group)
 
 
 def unpacked_matmul(q: Tensor, z: Tensor) -> Tensor:
@@ -126,13 +126,22 @@ def bound_scores(q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks:
     """
     q = q.float()[:, :, None] * q.shape[-1] ** -0.5  # (L, G, 1, D)
     bound = torch.maximum(q * low[chunks][:, None], q * high[chunks][:, None]).sum(-1)  # (L, G, C)
-    return chunk_mass(bound, n_chunks, group)
+    return chunk_mass(bound[..., None], n_chunks, group)
 
 
 def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
-    """Softmax over each lane's valid chunks, mean or max over the group: (L, G, C) -> (L, C); -1 without a chunk."""
-    valid = torch.arange(score.shape[-1], device=score.device) < n_chunks[:, None]  # (L, C)
-    mass = score.masked_fill(~valid[:, None], -1e30).softmax(-1)
+    """Softmax over all tokens of each lane's valid chunks, summed over each chunk, mean or max over the group.
+
+    Args:
+        score: (L, G, C, page_size), or one bound for all tokens of a chunk: (L, G, C, 1).
+
+    Returns:
+        (L, C) float32; -1 where there is no chunk.
+    """
+    valid = torch.arange(score.shape[2], device=score.device) < n_chunks[:, None]  # (L, C)
+    score = score.masked_fill(~valid[:, None, :, None], -1e30)
+    weight = (score - score.amax((2, 3), keepdim=True)).exp().sum(-1)  # (L, G, C): one pass over the tokens
+    mass = weight / weight.sum(-1, keepdim=True)
     mass = mass.mean(1) if group == "mean" else mass.amax(1)
     return mass.masked_fill(~valid, -1.0)
 
@@ -148,13 +157,13 @@ def score_lanes(
     """
     if not (q.is_cpu and torch.compiler.is_compiling()):
         return summary.scores(q, chunks, n_chunks, row)
-    lanes, count = n_chunks.argsort(descending=True), (n_chunks > 0).sum()
+    through = (n_chunks > 0).cumsum(0)  # (L,) lanes with chunks up to each
 
     def more(i: Tensor, scores: Tensor) -> Tensor:
-        return i < count
+        return i < through[-1]
 
     def score(i: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        lane = lanes.index_select(0, i.view(1))
+        lane = torch.searchsorted(through, i.view(1) + 1)
         found = summary.scores(*(t.index_select(0, lane) for t in (q, chunks, n_chunks, row)))
         return i + 1, scores.index_copy(0, lane, found)
 
@@ -267,4 +276,4 @@ class ExactKeys(nn.Module):
     def scores(self, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor) -> Tensor:
         keys = rearrange(self.keys, "(n s) d -> n s d", s=self.page_size)[chunks]  # (L, C, page_size, D)
         token = einsum(q.float(), keys.float(), "l g d, l c s d -> l g c s") * q.shape[-1] ** -0.5
-        return chunk_mass(token.logsumexp(-1), n_chunks, self.group)
+        return chunk_mass(token, n_chunks, self.group)
