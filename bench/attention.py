@@ -31,11 +31,13 @@ def plain_sdpa(cache: DenseCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)
 
 
-def contenders(model: Model, context: int, batch: int, budgets: Sequence[float]) -> dict[str, tuple[Callable, int]]:
+def contenders(
+    model: Model, context: int, batch: int, budgets: Sequence[float], page_size: int = 16
+) -> dict[str, tuple[Callable, int]]:
     """Name to a function of q, k, v and the bytes it must read."""
 
     def loaded(policy: str, budget: float):
-        engine = Engine(model, HybridConfig(budget=budget), policy, compile=False)
+        engine = Engine(model, HybridConfig(budget=budget, page_size=page_size), policy, compile=False)
         engine.load([random_prefill(model, context, engine.config, b) for b in range(batch)], 8)
         return engine.cache
 
@@ -53,17 +55,17 @@ def contenders(model: Model, context: int, batch: int, budgets: Sequence[float])
 
 
 @torch.no_grad()
-def measure(model: Model, context: int, batch: int, budgets: Sequence[float], repeats: int) -> dict[str, list[float]]:
+def measure(model: Model, context: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of every call of every contender, and in `bytes` what each must read."""
-    cfg = model.cfg
+    cfg, batch = model.cfg, args.batch
     draw = dict(device=model.device, dtype=model.dtype)
     q = torch.randn(batch, cfg.num_attention_heads, 1, cfg.head_dim, **draw)
     k, v = torch.randn(2, batch, cfg.num_key_value_heads, 1, cfg.head_dim, **draw)
-    field = contenders(model, context, batch, budgets)
+    field = contenders(model, context, batch, args.budgets, args.page_size)
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     calls = {name: torch.compile(f, fullgraph=True, dynamic=False, mode=mode) for name, (f, _) in field.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(3 + repeats):
+    for i in range(3 + args.repeats):
         for name, call in calls.items():
             start = time.perf_counter()
             call(q, k, v).flatten()[0].item()  # waits for the device
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--contexts", type=int, nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
     add("--batch", type=int, default=1)
     add("--budgets", type=float, nargs="+", default=[0.1], help="of hybridkv (default: 0.1)")
+    add("--page-size", type=int, default=16, help="tokens of a page (default: 16)")
     add("--repeats", type=int, default=50, help="timed calls of each contender (default: 50)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
@@ -87,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about, bandwidth = describe("bench.attention", args, argv), copy_bandwidth(args.device)
     print(f"{'context':>8} {'attention':>14} {'ms':>9} {'spread':>9} {'MB read':>9} {'roofline':>9} {'speed-up':>9}")
     for context in args.contexts:
-        times = measure(model, context, args.batch, args.budgets, args.repeats)
+        times = measure(model, context, args)
         reads = times.pop("bytes")
         best = min(statistics.median(times[name]) for name in ("sdpa gqa", "sdpa rows"))
         for name, values in times.items():
@@ -96,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "contender": name,
                 "context": context,
                 "batch": args.batch,
+                "page_size": args.page_size,
                 "ms": ms,
                 "ms_spread": high - low,
                 "bytes_read": reads[name],

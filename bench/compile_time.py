@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from bench.common import add_model_arguments, describe, make_model, write_row
 from bench.decode import ours
+from hybridkv.config import HybridConfig
 
 CONTEXT = 2048
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.one:
         policy = args.policies[0]
-        each = ours(make_model(args), policy, 0.2 if policy == "hybridkv" else 1.0, CONTEXT, 1, 8)
+        each = ours(make_model(args), policy, HybridConfig(budget=0.2 if policy == "hybridkv" else 1.0), CONTEXT, 1, 8)
         print(each.warm_up().compile_s)
         return
 

@@ -10,6 +10,7 @@ Contenders, on the same weights, contexts and machine, run interleaved in one pr
     transformers  transformers' own model on its StaticCache; compiled
     eager         transformers' own model on its DynamicCache, as `generate` runs it; only if asked for
     hybridkv B    the compressed cache with a budget of B; compiled
+    hybridkv N tokens   the same with the smallest budget whose steps read N of the prompt's tokens (--attended)
 
 Keys and values of the context are random (a prefill would take minutes and change nothing), and the configured share of
 the heads is dynamic, so that random attention does not distort the budget.
@@ -23,7 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from bench.peers import transformers_decode
 from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine, Sampling
+from hybridkv.plan import hybrid_plan
 from model.decoder import Model
 
 COLUMNS = ("ms/step", "spread", "tokens/s", "MB read", "GB/s", "roofline", "speed-up", "at most", "compile s")
@@ -81,16 +83,34 @@ def plain_bytes(model: Model, context: int, batch: int) -> int:
     return batch * context * token
 
 
-def ours(model: Model, policy: str, budget: float, context: int, batch: int, new_tokens: int) -> Contender:
-    """One of our caches: `dense`, or a policy on pages."""
-    engine = Engine(model, HybridConfig(budget=budget), policy)
+def budget_reading(model: Model, config: HybridConfig, context: int, tokens: int) -> HybridConfig:
+    """The configuration with the smallest budget whose steps read `tokens` of a context, mean over heads."""
+    low, high = 0.0, 1.0
+    record = random_prefill(model, context, config)
+    for _ in range(14):
+        middle = (low + high) / 2
+        record.config = replace(config, budget=middle)
+        try:
+            enough = float(hybrid_plan(record).attended.double().mean()) >= tokens
+        except BudgetError:
+            enough = False
+        low, high = (low, middle) if enough else (middle, high)
+    return replace(config, budget=high)
+
+
+def ours(
+    model: Model, policy: str, config: HybridConfig, context: int, batch: int, new_tokens: int, tokens: int = 0
+) -> Contender:
+    """One of our caches: `dense`, or a policy on pages. With `tokens`, the budget is what reading so many takes."""
+    config = budget_reading(model, config, context, tokens) if tokens else config
+    engine = Engine(model, config, policy)
     with torch.no_grad():
         engine.load([random_prefill(model, context, engine.config, b) for b in range(batch)], new_tokens)
         engine.begin([context] * batch, new_tokens, Sampling(), model.device)
     paged = policy != "dense"
     cache = engine.cache.count_bytes().step if paged else plain_bytes(model, context, batch)
-    name = policy if budget == 1 else f"{policy} {budget:g}"
-    return Contender(name, budget, torch.no_grad()(engine.step), cache)
+    name = policy if config.budget == 1 else f"{policy} {tokens} tokens" if tokens else f"{policy} {config.budget:g}"
+    return Contender(name, config.budget, torch.no_grad()(engine.step), cache)
 
 
 def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: int) -> Contender:
@@ -102,14 +122,17 @@ def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: i
 
 def contenders(model: Model, args: argparse.Namespace, context: int, batch: int) -> list[Contender]:
     sizes = (context, batch, 1 + WARM_UP + args.steps)
-    field = [ours(model, name, 1.0, *sizes) for name in ("dense", "full") if name in args.contenders]
+    config = HybridConfig(budget=1.0, page_size=args.page_size)
+    field = [ours(model, name, config, *sizes) for name in ("dense", "full") if name in args.contenders]
     kinds = {"transformers": True, "eager": False}
     field += [theirs(model, compiled, *sizes) for name, compiled in kinds.items() if name in args.contenders]
-    for budget in args.budgets if "hybridkv" in args.contenders else ():
-        try:
-            field.append(ours(model, "hybridkv", budget, *sizes))
-        except BudgetError:
-            print(f"{batch:5d} {context:8d} hybridkv {budget:g}: too short a context for this budget", flush=True)
+    if "hybridkv" in args.contenders:
+        for budget in args.budgets:
+            try:
+                field.append(ours(model, "hybridkv", replace(config, budget=budget), *sizes))
+            except BudgetError:
+                print(f"{batch:5d} {context:8d} hybridkv {budget:g}: too short a context for this budget", flush=True)
+        field += [ours(model, "hybridkv", config, *sizes, tokens=n) for n in args.attended]
     return field
 
 
@@ -138,6 +161,7 @@ def measure(model: Model, args: argparse.Namespace, context: int, batch: int, ba
             {
                 "contender": each.name,
                 "budget": each.budget,
+                "page_size": args.page_size,
                 "context": context,
                 "batch": batch,
                 "ms_per_token": ms,
@@ -158,7 +182,7 @@ def measure(model: Model, args: argparse.Namespace, context: int, batch: int, ba
 def line(row: dict) -> str:
     ms, read = row["ms_per_token"], row["bytes_read"]
     return (
-        f"{row['batch']:5d} {row['context']:8d} {row['contender']:>14}{ms:10.3f}{row['ms_spread']:10.3f}"
+        f"{row['batch']:5d} {row['context']:8d} {row['contender']:>21}{ms:10.3f}{row['ms_spread']:10.3f}"
         f"{row['tokens_per_s']:10.0f}{read / 1e6:10.1f}{read / ms / 1e6:10.1f}{row['roofline_share']:10.0%}"
         f"{row['speedup_vs']['dense']:9.2f}x{row['speedup_limit']:9.2f}x{row['compile_s']:10.1f}"
     )
@@ -211,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--contexts", type=int, nargs="*", default=[8192, 32768], help="prompt tokens (default: 8192 32768); none: draw"
     )
     add("--batches", type=int, nargs="+", default=[1], help="sequences decoded together (default: 1)")
-    add("--budgets", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="of hybridkv (default: 0.05 0.1 0.2)")
+    add("--budgets", type=float, nargs="*", default=[0.05, 0.1, 0.2], help="of hybridkv (default: 0.05 0.1 0.2)")
+    add("--attended", type=int, nargs="*", default=[], help="and with so many prompt tokens read a step")
+    add("--page-size", type=int, default=16, help="tokens of a page (default: 16)")
     add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")
     add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4], help="(default: all but eager)")
     add("--plot", type=Path, help="picture of this model's rows in --out, or of this run's")
@@ -223,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = make_model(args)
     about, bandwidth = describe("bench.decode", args, argv), copy_bandwidth(args.device)
     print(f"copies run at {bandwidth / 1e9:.1f} GB/s: the roofline")
-    print(f"batch {'context':>8} {'cache':>14}" + "".join(f"{h:>10}" for h in COLUMNS), flush=True)
+    print(f"batch {'context':>8} {'cache':>21}" + "".join(f"{h:>10}" for h in COLUMNS), flush=True)
     rows = []
     for batch in args.batches:
         for context in args.contexts:

@@ -8,7 +8,7 @@ import torch
 from bench import attention, common, compile_time, decode, memory, prefill
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import HybridConfig, Prefill
+from hybridkv import HybridConfig, Prefill, hybrid_plan
 
 SMALL = ["--kv-heads", "1", "--group", "2", "--head-dim", "16", "--hidden-size", "32", "--intermediate-size", "32"]
 CPU = [*SMALL, "--device", "cpu"]
@@ -28,7 +28,7 @@ def decoded(tmp_path_factory):
     """A run of bench.decode: its rows, its picture."""
     folder = tmp_path_factory.mktemp("decode")
     command = ["--contexts", "600", "2048", "--budgets", "0.02", "0.2", "--steps", "3", "--layers", "1"]
-    command += ["--contenders", *decode.CONTENDERS]
+    command += ["--contenders", *decode.CONTENDERS, "--attended", "300"]
     with torch.no_grad():
         decode.main([*command, *CPU, "--out", str(folder / "rows.jsonl"), "--plot", str(folder / "plot.png")])
     return rows_of(folder / "rows.jsonl"), folder / "plot.png"
@@ -36,7 +36,7 @@ def decoded(tmp_path_factory):
 
 def test_the_decode_bench_has_a_row_for_each_contender_that_fits(decoded):
     rows, picture = decoded
-    names = ["dense", "full", "transformers", "eager", "hybridkv 0.2"]
+    names = ["dense", "full", "transformers", "eager", "hybridkv 0.2", "hybridkv 300 tokens"]
     assert [(row["context"], row["contender"]) for row in rows] == [(n, name) for n in (600, 2048) for name in names]
     assert picture.stat().st_size > 5000
 
@@ -62,10 +62,19 @@ def test_all_full_caches_of_the_decode_bench_take_the_same_steps():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.5)
     sizes = (300, 2, 8)
-    field = [decode.ours(model, "dense", 1.0, *sizes), decode.ours(model, "full", 1.0, *sizes)]
+    field = [decode.ours(model, name, HybridConfig(budget=1.0), *sizes) for name in ("dense", "full")]
     field += [decode.theirs(model, compiled, *sizes) for compiled in (True, False)]
     tokens = [[each.step().tolist() for _ in range(6)] for each in field]
     assert all(each == tokens[0] for each in tokens) and len({str(step) for step in tokens[0]}) > 3
+
+
+def test_a_budget_for_a_number_of_attended_tokens():
+    model = common.random_model(common.shape_config(2, 4, 1, 32, 32, 32, 64, True))
+    for context, tokens in ((1000, 400), (4000, 400), (4000, 1500)):
+        config = decode.budget_reading(model, HybridConfig(page_size=32), context, tokens)
+        read = float(hybrid_plan(common.random_prefill(model, context, config)).attended.double().mean())
+        # Dynamic heads get whole pages: the next smaller budget may differ by a page a head.
+        assert tokens <= read <= tokens + config.page_size
 
 
 def test_weights_that_a_step_reads():
@@ -114,7 +123,9 @@ def test_memory_is_traced_but_for_scalars():
     halves = torch.compile(lambda x: (x @ x).relu() @ x)
     x = torch.ones(100, 100)
     halves(x)
-    assert memory.traced(lambda: kept.append(halves(x))) == pytest.approx((80_000, 40_000), abs=100)  # the product, rectified in place, and the result
+    assert memory.traced(lambda: kept.append(halves(x))) == pytest.approx(
+        (80_000, 40_000), abs=100
+    )  # the product, rectified in place, and the result
 
 
 def test_the_memory_bench_sees_what_each_cache_holds(tmp_path, capsys):
