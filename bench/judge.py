@@ -125,6 +125,7 @@ class Lab:
 
     @torch.no_grad()
     def read(self, cases: Sequence[Case], config: HybridConfig) -> Read:
+        config = replace(config, classifier="ranks")  # whose records serve every classifier
         engine = Engine(self.model, config, "full", compile=False)
         prefills, logits, positions = engine.prefill([case.prompt for case in cases])
         return Read(prefills, logits.argmax(-1), positions)

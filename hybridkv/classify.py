@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybridkv.config import HybridConfig
 from hybridkv.head_profile import HeadProfile
+from hybridkv.profile import BY_OVERLAP
 
 
 def settled_share(context_mass: Tensor, overlap: Tensor) -> Tensor:
@@ -38,9 +39,11 @@ def classify(context_mass: Tensor, overlap: Tensor, focus: Tensor, config: Hybri
         (layers, H) bool.
 
     Raises:
-        ValueError: the offline head profile is for another model.
+        ValueError: the offline head profile is for another model, or the prompt was read for another classifier.
     """
     heads = context_mass.numel()
+    if config.classifier in BY_OVERLAP and overlap.isnan().any():
+        raise ValueError(f"this prompt was not read for the classifier {config.classifier!r}: read it again")
     match config.classifier:
         case "threshold":
             return settled_share(context_mass, overlap) < config.threshold

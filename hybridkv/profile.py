@@ -16,6 +16,8 @@ from torch import Tensor
 from hybridkv.config import HybridConfig
 from hybridkv.prune import Span
 
+BY_OVERLAP = ("threshold", "ranks")  # classifiers that want to know how much the queries' top sets overlap
+
 
 @dataclass(frozen=True)
 class LayerProfile:
@@ -29,7 +31,7 @@ class LayerProfile:
         context_mass: (H,) mean share of the window's attention on prunable tokens.
         focus: (H,) mean over window queries and the group's heads of the largest probability on one prunable token.
         overlap: (H,) mean pairwise Jaccard overlap of the window queries' top sets among prunable tokens; 1 if all
-            queries look at the same tokens.
+            queries look at the same tokens. NaN unless `config.classifier` is one of BY_OVERLAP.
     """
 
     k: Tensor
@@ -57,8 +59,10 @@ def window_probabilities(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
         (G, W, T) float32 probabilities.
     """
     logits = (q[:, rows].float() * q.shape[-1] ** -0.5) @ k.float().T
-    hidden = torch.arange(k.shape[0], device=k.device) > rows[:, None]  # (W, T)
-    return logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+    first = int(rows[0]) if len(rows) else 0  # every window query sees what comes before
+    hidden = torch.arange(first, k.shape[0], device=k.device) > rows[:, None]  # (W, T - first)
+    logits[..., first:].masked_fill_(hidden, float("-inf"))
+    return logits.softmax(-1)
 
 
 def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
@@ -78,6 +82,7 @@ def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: Hyb
     """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
     rows = window_rows(prunable, config.window)
     score, mean, mass, focus, overlap = [], [], [], [], []
+    unknown = torch.full((), float("nan"), device=k.device)
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
         p = window_probabilities(group, key, rows)  # (G, W, T)
         if not len(rows):  # no text sees the context: nothing is known, and all scores are 0
@@ -85,7 +90,8 @@ def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: Hyb
         score.append(p.amax((0, 1)))
         mean.append(p.mean((0, 1)))
         mass.append(mean[-1][prunable].sum())
-        overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share))
+        look = config.classifier in BY_OVERLAP
+        overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share) if look else unknown)
         focus.append(p.masked_fill_(~prunable, 0.0).amax(-1).mean())
     return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, focus, overlap)))
 

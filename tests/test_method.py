@@ -10,7 +10,7 @@ from hybridkv import BudgetError, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.budget import allocate, split
 from hybridkv.classify import classify, ranks, settled_share
 from hybridkv.plan import Costs
-from hybridkv.profile import jaccard_overlap, window_rows
+from hybridkv.profile import BY_OVERLAP, jaccard_overlap, window_rows
 from hybridkv.prune import keep_order, pooled
 from hybridkv.retrieve import (
     ExactKeys,
@@ -64,7 +64,10 @@ def test_profile_is_what_dense_attention_says(mask, config, shape, seed):
         torch.testing.assert_close(layer.focus, window[..., prunable].amax(-1).mean((1, 2)))
     else:
         assert not layer.score.any() and not layer.context_mass.any() and not layer.focus.any()
-    assert ((layer.overlap >= 0) & (layer.overlap <= 1 + 1e-6)).all()
+    if config.classifier in BY_OVERLAP:
+        assert ((layer.overlap >= 0) & (layer.overlap <= 1 + 1e-6)).all()
+    else:
+        assert layer.overlap.isnan().all()
 
 
 def test_overlap_of_known_sets():
@@ -290,6 +293,14 @@ def test_tiles_hold_neighbours_and_every_token_once(t, h, w, page_size, text):
     ]
     inside = [i for i in order.tolist() if text <= i < text + t * h * w]
     assert inside == tiles
+
+
+def test_a_prompt_read_for_one_classifier_is_not_classified_by_what_it_lacks():
+    prefill = random_prefill(HybridConfig(budget=0.5), 2, (2, 2, 200, 16), None, 0, torch.float32)
+    hybrid_plan(prefill)
+    prefill.config = HybridConfig(budget=0.5, classifier="ranks")
+    with pytest.raises(ValueError, match="read it again"):
+        hybrid_plan(prefill)
 
 
 @examples
