@@ -300,13 +300,36 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
     assert "python -m demo.evaluate" in capsys.readouterr().out
 
 
-def test_a_batch_is_learned():
+GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_a_batch_is_learned(device):
     """Sixty steps on one batch: the loss of its answers falls below a tenth, with every piece in place."""
     torch.manual_seed(0)
-    student = Trainee(config(**TINY))
+    student = Trainee(config(**TINY)).to(device)
     optimizers = train.optimizers(student)
     stage = train.Stage("one", 60, 2, 2, 8, 64)
-    batch = make_batch(np.random.default_rng(0), Scene(2, 2), 2, {"lookup": 1}, 64)
+    batch = make_batch(np.random.default_rng(0), Scene(2, 2), 2, {"lookup": 1}, 64).to(device)
     with torch.enable_grad():
         losses = [train.step(student, optimizers, batch, stage, i)[0] for i in range(60)]
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_a_stage_may_keep_the_vision_tower_as_it_is():
+    torch.manual_seed(0)
+    student = Trainee(config(**TINY))
+    optimizers = train.optimizers(student)
+    batch = make_batch(np.random.default_rng(0), Scene(2, 2), 2, {"lookup": 1}, 64)
+
+    def changed(vision: float) -> dict[str, bool]:
+        before = {name: p.clone() for name, p in student.named_parameters()}
+        with torch.enable_grad():
+            train.step(student, optimizers, batch, train.Stage("one", 60, 2, 2, 8, 64, vision=vision), 20)
+        return {name: not torch.equal(p, before[name]) for name, p in student.named_parameters()}
+
+    for vision in (1.0, 0.0, 1.0):
+        moved = changed(vision)
+        tower = {name for name in moved if name.startswith("model.visual.")}
+        assert any(moved[name] for name in moved.keys() - tower)
+        assert any(moved[name] for name in tower) == (vision > 0)
