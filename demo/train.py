@@ -95,6 +95,7 @@ STAGES = [
     Stage("sharpen", 760, 12, 64, 2400, 288, 0.15, 0.1, largest=4096, vision=0.1, lr=(0.25, 0.001), **LAST),
     Stage("far", 400, 20, 64, 2400, 768, 0.25, 0.15, largest=4096, vision=0.0, lr=(0.25, 0.1), **LAST),
     Stage("end", 250, 20, 64, 2400, 768, 0.25, 0.15, largest=4096, vision=0.1, lr=(0.1, 0.001), **LAST),
+    Stage("all", 160, 8, 64, 2400, 768, 0.2, 0.25, largest=4096, vision=0.0, lr=(0.12, 0.001), **LAST),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
