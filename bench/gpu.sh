@@ -22,15 +22,16 @@ step() { # seconds, name, command...
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 python -c "import torch; print('torch', torch.__version__)"
 step 80 tests python -m pytest -q -m cuda tests
-step 120 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --contenders dense full hybridkv \
+step 110 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --contenders dense full hybridkv \
     --out "$results/decode-cuda.jsonl"
 step 60 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
     --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
 step 40 attention python -m bench.attention $shape --contexts 8192 32768 --out "$results/attention-cuda.jsonl"
-step 50 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --contenders dense hybridkv \
-    --out "$results/decode-cuda.jsonl"
+# At 32,768 tokens a tenth is about 3,277 tokens: how much longer does a step take that reads as many of four times more?
+step 70 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --attended 3277 \
+    --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
 step 50 memory python -m bench.memory $shape --contexts 8192 32768 --contenders dense hybridkv "hybridkv ahead" \
     --out "$results/memory-cuda.jsonl"
 step 30 prefill python -m bench.prefill $shape --contexts 8192 --repeats 3 --out "$results/prefill-cuda.jsonl"
-step 50 transformers python -m bench.decode $shape --contexts 8192 --budgets 0.1 \
+step 40 transformers python -m bench.decode $shape --contexts 8192 --budgets 0.1 \
     --contenders dense transformers hybridkv --out "$results/decode-cuda.jsonl"

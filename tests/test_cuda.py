@@ -1,11 +1,14 @@
 """What only a GPU can show. Skipped without one: python -m pytest -m cuda"""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Engine, HybridConfig
+from hybridkv import Engine, HybridConfig, attention
 from hybridkv.attention import attend_gathered, attend_pages
 from tests.lab import prompt
 
@@ -22,8 +25,10 @@ def model():
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
-def test_attention_reads_exactly_the_listed_pages(page_size):
-    """Against the gathered twin, G = 7 and head_dim 128, in bfloat16."""
+def test_attention_reads_exactly_the_listed_pages(page_size, monkeypatch):
+    """Against the gathered twin, G = 7 and head_dim 128, in bfloat16, and by the kernel that splits the keys."""
+    split = partial(flex_attention, kernel_options={"BACKEND": "TRITON_DECODE"})  # raises where it can't be used
+    monkeypatch.setattr(attention, "flex_attention", split)
     generator = torch.Generator().manual_seed(0)
     pool, lanes = 60, 4
     keys, values = (torch.randn(1, 1, pool * page_size, 128, generator=generator).cuda().bfloat16() for _ in range(2))
