@@ -32,7 +32,7 @@ def plain_sdpa(cache: DenseCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def contenders(
-    model: Model, context: int, batch: int, budgets: Sequence[float], page_size: int = 16
+    model: Model, context: int, batch: int, budgets: Sequence[float], page_size: int = HybridConfig.page_size
 ) -> dict[str, tuple[Callable, int]]:
     """Name to a function of q, k, v and the bytes it must read."""
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--contexts", type=int, nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
     add("--batch", type=int, default=1)
     add("--budgets", type=float, nargs="+", default=[0.1], help="of hybridkv (default: 0.1)")
-    add("--page-size", type=int, default=16, help="tokens of a page (default: 16)")
+    add("--page-size", type=int, default=HybridConfig.page_size, help="tokens of a page (default: 16)")
     add("--repeats", type=int, default=50, help="timed calls of each contender (default: 50)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)

@@ -84,32 +84,40 @@ def plain_bytes(model: Model, context: int, batch: int) -> int:
 
 
 def budget_reading(model: Model, config: HybridConfig, context: int, tokens: int) -> HybridConfig:
-    """The configuration with the smallest budget whose steps read `tokens` of a context, mean over heads."""
-    low, high = 0.0, 1.0
+    """The configuration with the smallest budget whose steps read `tokens` of a context, mean over heads.
+
+    Raises:
+        ValueError: none reads so many, to the page.
+    """
+    low, high, found = 0.0, 1.0, 0.0
     record = random_prefill(model, context, config)
     for _ in range(14):
         middle = (low + high) / 2
         record.config = replace(config, budget=middle)
         try:
-            enough = float(hybrid_plan(record).attended.double().mean()) >= tokens
+            read = float(hybrid_plan(record).attended.double().mean())
         except BudgetError:
-            enough = False
-        low, high = (low, middle) if enough else (middle, high)
+            read = 0.0
+        if read >= tokens:
+            high, found = middle, read
+        else:
+            low = middle
+    if not tokens <= found <= tokens + config.page_size:
+        raise ValueError(f"no budget reads {tokens} of {context} tokens")
     return replace(config, budget=high)
 
 
 def ours(
-    model: Model, policy: str, config: HybridConfig, context: int, batch: int, new_tokens: int, tokens: int = 0
+    model: Model, policy: str, config: HybridConfig, context: int, batch: int, new_tokens: int, name: str = ""
 ) -> Contender:
-    """One of our caches: `dense`, or a policy on pages. With `tokens`, the budget is what reading so many takes."""
-    config = budget_reading(model, config, context, tokens) if tokens else config
+    """One of our caches: `dense`, or a policy on pages."""
     engine = Engine(model, config, policy)
     with torch.no_grad():
         engine.load([random_prefill(model, context, engine.config, b) for b in range(batch)], new_tokens)
         engine.begin([context] * batch, new_tokens, Sampling(), model.device)
     paged = policy != "dense"
     cache = engine.cache.count_bytes().step if paged else plain_bytes(model, context, batch)
-    name = policy if config.budget == 1 else f"{policy} {tokens} tokens" if tokens else f"{policy} {config.budget:g}"
+    name = name or (policy if config.budget == 1 else f"{policy} {config.budget:g}")
     return Contender(name, config.budget, torch.no_grad()(engine.step), cache)
 
 
@@ -132,7 +140,12 @@ def contenders(model: Model, args: argparse.Namespace, context: int, batch: int)
                 field.append(ours(model, "hybridkv", replace(config, budget=budget), *sizes))
             except BudgetError:
                 print(f"{batch:5d} {context:8d} hybridkv {budget:g}: too short a context for this budget", flush=True)
-        field += [ours(model, "hybridkv", config, *sizes, tokens=n) for n in args.attended]
+        for tokens in args.attended:
+            name = f"hybridkv {tokens} tokens"
+            try:
+                field.append(ours(model, "hybridkv", budget_reading(model, config, context, tokens), *sizes, name))
+            except ValueError as e:
+                print(f"{batch:5d} {context:8d} {name}: {e}", flush=True)
     return field
 
 
@@ -237,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batches", type=int, nargs="+", default=[1], help="sequences decoded together (default: 1)")
     add("--budgets", type=float, nargs="*", default=[0.05, 0.1, 0.2], help="of hybridkv (default: 0.05 0.1 0.2)")
     add("--attended", type=int, nargs="*", default=[], help="and with so many prompt tokens read a step")
-    add("--page-size", type=int, default=16, help="tokens of a page (default: 16)")
+    add("--page-size", type=int, default=HybridConfig.page_size, help="tokens of a page (default: 16)")
     add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")
     add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4], help="(default: all but eager)")
     add("--plot", type=Path, help="picture of this model's rows in --out, or of this run's")

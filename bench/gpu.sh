@@ -27,7 +27,7 @@ step 110 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --c
 step 60 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
     --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
 step 40 attention python -m bench.attention $shape --contexts 8192 32768 --out "$results/attention-cuda.jsonl"
-# At 32,768 tokens a tenth is about 3,277 tokens: how much longer does a step take that reads as many of four times more?
+# A tenth of 32,768 tokens is about 3,277: how much longer does a step take that reads as many of a longer context?
 step 70 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --attended 3277 \
     --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
 step 50 memory python -m bench.memory $shape --contexts 8192 32768 --contenders dense hybridkv "hybridkv ahead" \

@@ -9,8 +9,8 @@ is packed as it is read). Each runs in a process of its own.
 
 The numbers are the allocator's; on a CPU the profiler tells them. A compiled step is measured after a few others, and
 includes its activations, and on a CPU room for a copy of the pool, which FlexAttention's kernel reserves in every
-layer and, in float32, never touches. Weights are in all numbers; `host` is the memory of the whole process. What fits
-into --memory GB is extrapolated from the peaks of two contexts, or of two batches.
+layer and, in float32, never touches. Weights are in all numbers; `host` is the memory of the whole process, compiler
+and profiler included. What fits into --memory GB is extrapolated from the peaks of two contexts, or of two batches.
 """
 
 import argparse

@@ -49,17 +49,17 @@ def window_rows(prunable: Tensor, window: int) -> Tensor:
     return (seen & ~prunable).nonzero()[-window:, 0]
 
 
-def window_probabilities(q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+def window_probabilities(q: Tensor, k: Tensor, rows: Tensor, first: int) -> Tensor:
     """Causal attention of the window queries of one KV head.
 
     Args:
-        q: (G, T, D) the group's queries; k: (T, D); rows: (W,) query positions.
+        q: (G, T, D) the group's queries; k: (T, D); rows: (W,) query positions, the first of which is `first`.
 
     Returns:
         (G, W, T) float32 probabilities.
     """
     logits = (q[:, rows].float() * q.shape[-1] ** -0.5) @ k.float().T
-    first = int(rows[0]) if len(rows) else 0  # every window query sees what comes before
+    # Every window query sees what comes before the first of them.
     hidden = torch.arange(first, k.shape[0], device=k.device) > rows[:, None]  # (W, T - first)
     logits[..., first:].masked_fill_(hidden, float("-inf"))
     return logits.softmax(-1)
@@ -82,16 +82,16 @@ def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: Hyb
     """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
     rows = window_rows(prunable, config.window)
     score, mean, mass, focus, overlap = [], [], [], [], []
-    unknown = torch.full((), float("nan"), device=k.device)
+    first = int(rows[0]) if len(rows) else 0
+    by_overlap, unknown = config.classifier in BY_OVERLAP, torch.full((), float("nan"), device=k.device)
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
-        p = window_probabilities(group, key, rows)  # (G, W, T)
+        p = window_probabilities(group, key, rows, first)  # (G, W, T)
         if not len(rows):  # no text sees the context: nothing is known, and all scores are 0
             p = p.new_zeros(p.shape[0], 1, p.shape[2])
         score.append(p.amax((0, 1)))
         mean.append(p.mean((0, 1)))
         mass.append(mean[-1][prunable].sum())
-        look = config.classifier in BY_OVERLAP
-        overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share) if look else unknown)
+        overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share) if by_overlap else unknown)
         focus.append(p.masked_fill_(~prunable, 0.0).amax(-1).mean())
     return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, focus, overlap)))
 

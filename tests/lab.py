@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,6 +14,8 @@ from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Pre
 from hybridkv.head_profile import HeadProfile
 from hybridkv.pack import lane_tokens
 from model import Prompt
+
+GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def random_prefill(

@@ -75,6 +75,9 @@ def test_a_budget_for_a_number_of_attended_tokens():
         read = float(hybrid_plan(common.random_prefill(model, context, config)).attended.double().mean())
         # Dynamic heads get whole pages: the next smaller budget may differ by a page a head.
         assert tokens <= read <= tokens + config.page_size
+    for tokens in (10, 5000):  # fewer than every head keeps, more than there are
+        with pytest.raises(ValueError, match=f"no budget reads {tokens} of 4000 tokens"):
+            decode.budget_reading(model, HybridConfig(), 4000, tokens)
 
 
 def test_weights_that_a_step_reads():
@@ -123,9 +126,8 @@ def test_memory_is_traced_but_for_scalars():
     halves = torch.compile(lambda x: (x @ x).relu() @ x)
     x = torch.ones(100, 100)
     halves(x)
-    assert memory.traced(lambda: kept.append(halves(x))) == pytest.approx(
-        (80_000, 40_000), abs=100
-    )  # the product, rectified in place, and the result
+    # The product, rectified in place, and the result.
+    assert memory.traced(lambda: kept.append(halves(x))) == pytest.approx((80_000, 40_000), abs=100)
 
 
 def test_the_memory_bench_sees_what_each_cache_holds(tmp_path, capsys):

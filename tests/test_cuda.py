@@ -10,12 +10,9 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, attention
 from hybridkv.attention import attend_gathered, attend_pages
-from tests.lab import prompt
+from tests.lab import GPU, prompt
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = GPU
 
 
 @pytest.fixture(scope="module")

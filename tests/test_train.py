@@ -16,6 +16,7 @@ from demo.muon import Muon, orthogonalise
 from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise, twin_surprise
 from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode
 from model import Processor, from_pretrained
+from tests.lab import GPU
 
 TINY = dict(layers=4, heads=4, kv_heads=4, mlp=48, vision=32)
 
@@ -298,9 +299,6 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation" in row] == [4]
     assert "python -m demo.evaluate" in capsys.readouterr().out
-
-
-GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
