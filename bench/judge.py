@@ -29,6 +29,26 @@ class Variant:
     config: HybridConfig
 
 
+def variants_at(text: str, budgets: Sequence[float], head_profile: str | None = None) -> list[Variant]:
+    """A variant at each of the budgets; `full` has none to obey, and `snapkv:budget=0.3` names its own.
+
+    Args:
+        head_profile: file of an offline profile, for those that want one and name no other.
+    """
+    variant = parse_variant(text)
+    config = variant.config
+    if (config.classifier == "profile" or variant.policy == "sparsemm") and not config.head_profile:
+        config = replace(config, head_profile=head_profile)
+    given = text.split(":", 1)[1].split(",") if ":" in text else []
+    others = [setting for setting in given if not setting.startswith("budget=")]
+    if variant.policy == "full":
+        budgets = [1.0]
+    elif len(others) < len(given):
+        budgets = [config.budget]
+    name = f"{variant.policy}:{','.join(others)}".rstrip(":")
+    return [Variant(name, variant.policy, replace(config, budget=budget)) for budget in budgets]
+
+
 def parse_variant(text: str) -> Variant:
     """`snapkv` or `hybridkv:pool=1,dynamic_share=0.25`.
 

@@ -3,8 +3,8 @@
     python -m bench.quality --model demo --policies hybridkv snapkv --budgets 0.1 0.2
     python -m bench.quality --model smollm2 --policies hybridkv hybridkv:dynamic_share=0 --tasks needle --tokens 2000
 
-A policy may carry fields of `HybridConfig`: `hybridkv:pool=1,page_size=32`. Rows go to --out as JSON lines; a run that
-was cut off goes on behind its last batch of prompts.
+A policy may carry fields of `HybridConfig`: `hybridkv:pool=1,page_size=32`, `snapkv:budget=0.33`. Rows go to --out as
+JSON lines; a run that was cut off goes on behind its last batch of prompts.
 
 Accuracy is that of greedy answers. KL is the divergence of the policy's next-token distribution from the full cache's,
 in nats per generated token, along the full cache's own greedy answer; what the prefill alone decides is not counted.
@@ -13,20 +13,26 @@ and budget would wait for a step of its own.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench.judge import Lab, Variant, load_lab, parse_variant
+from bench.judge import Lab, Variant, load_lab, variants_at
 from bench.records import Records
 from bench.tasks import TEXT_TASKS, bootstrap, make_case
 from demo import boards as bd
+from hybridkv.calibrate import calibrate
+from hybridkv.config import HybridConfig
+from hybridkv.head_profile import HeadProfile
 from model import CheckpointError, InputError
+
+CALIBRATION = (5000, 5001)  # samples that head profiles are measured on; runs have fewer
 
 
 def summary(rows: list[dict]) -> dict:
@@ -113,6 +119,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join((*bd.TASKS, *TEXT_TASKS))}")
     add("--tokens", nargs="+", type=int, help="visual tokens, or about so many tokens of text")
     add("--samples", type=int, default=30, help="prompts per task and size (default: 30)")
+    help = (
+        "offline profile for classifier=profile and sparsemm; measured on other prompts of the tasks if it is missing"
+    )
+    add("--head-profile", type=Path, metavar="FILE", help=help)
     add("--kl-only", action="store_true", help="follow the full cache's answers only: faster, accuracy is left out")
     add("--batch", type=int, default=10, help="prompts decoded together (default: 10)")
     add("--out", type=Path, help="JSON lines; FILE.prompts beside it holds each prompt's, to go on or to add samples")
@@ -125,21 +135,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        variants = [parse_variant(text) for text in args.policies]
-        jobs = [replace_budget(v, b) for v in variants for b in ([1.0] if v.policy == "full" else args.budgets)]
+        profile = args.head_profile and str(args.head_profile)
+        jobs = [job for text in args.policies for job in variants_at(text, args.budgets, profile)]
     except ValueError as e:
         parser.error(str(e))
     boards = args.model == "demo"
     tasks = args.tasks or (["lookup", "right", "chain"] if boards else ["needle", "links", "copy"])
+    sizes = args.tokens or ([1024] if boards else [2000])
     if unknown := set(tasks) - {*bd.TASKS, *TEXT_TASKS}:
         parser.error(f"unknown tasks: {', '.join(sorted(unknown))}")
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out and args.out.exists() else []
     rows, records = [], Records(args.out and args.out.with_name(f"{args.out.name}.prompts"))
     try:
         lab = load_lab(args.model, args.device)
-        for task in tasks:
-            for tokens in args.tokens or ([1024] if boards else [2000]):
-                rows += run(lab, task, tokens, jobs, args, done, records)
+        if args.head_profile and not args.head_profile.exists():
+            calibrated(lab, tasks, sizes).save(args.head_profile)
+        for task, tokens in itertools.product(tasks, sizes):
+            rows += run(lab, task, tokens, jobs, args, done, records)
     except (CheckpointError, InputError, RuntimeError, ValueError) as e:
         parser.exit(1, f"{parser.prog}: error: {e}\n")
     print(table(rows))
@@ -147,8 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot(rows, args.plot)
 
 
-def replace_budget(variant: Variant, budget: float) -> Variant:
-    return replace(variant, config=replace(variant.config, budget=budget))
+def calibrated(lab: Lab, tasks: Sequence[str], sizes: Sequence[int]) -> HeadProfile:
+    """A head profile of two prompts of each task and size, which no run is judged on."""
+    cases = [make_case(lab.processor, *at, i) for at in itertools.product(tasks, sizes) for i in CALIBRATION]
+    limit = max(case.limit for case in cases)
+    config = HybridConfig(strict=False)
+    return calibrate(lab.model, [case.prompt for case in cases], config, lab.model.cfg.eos_token_id, limit, lab.name)
 
 
 def row_key(row: dict) -> str:

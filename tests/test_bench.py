@@ -71,6 +71,14 @@ def test_variants_name_policies_and_fields():
     variant = judge.parse_variant("hybridkv:pool=1,dynamic_share=0.25,classifier=random")
     assert (variant.policy, variant.config.pool, variant.config.classifier) == ("hybridkv", 1, "random")
     assert judge.parse_variant("quest").config.retrieval == "bound"
+    named = {text: judge.variants_at(text, [0.1, 0.2], "h.json") for text in ("snapkv", "full", "snapkv:budget=0.3")}
+    assert [[(v.name, v.config.budget) for v in each] for each in named.values()] == [
+        [("snapkv", 0.1), ("snapkv", 0.2)],
+        [("full", 1.0)],
+        [("snapkv", 0.3)],
+    ]
+    (variant,) = judge.variants_at("hybridkv:pool=1,budget=0.3,classifier=profile", [0.1], "h.json")
+    assert (variant.name, variant.config.head_profile) == ("hybridkv:pool=1,classifier=profile", "h.json")
     for text, message in (("nothing", "no policy"), ("snapkv:x=1", "no field 'x'"), ("snapkv:pool=2", "pool must")):
         with pytest.raises(ValueError, match=message):
             judge.parse_variant(text)
@@ -109,6 +117,20 @@ def test_a_run_goes_on_behind_its_last_batch_and_to_more_samples(tmp_path, monke
     ]
     alone = json.loads(kept.splitlines()[0])[1][0]["kl"]
     assert rows[0]["kl"] == alone != rows[2]["kl"] and rows[2]["accuracy"] is None
+
+
+def test_head_profiles_are_measured_on_other_prompts(tmp_path, monkeypatch):
+    out, file, made = tmp_path / "rows.jsonl", tmp_path / "heads.json", []
+    monkeypatch.setattr(quality, "make_case", lambda *args: (made.append(args[1:]), make_case(*args))[1])
+    command = ["--tasks", "lookup", "--tokens", "64", "--samples", "1", "--budgets", "0.5", "--kl-only"]
+    command += ["--out", str(out), "--head-profile", str(file)]
+    quality.main([*command, "--policies", "hybridkv:classifier=profile", "sparsemm", "snapkv"])
+    assert made == [("lookup", 64, 5000), ("lookup", 64, 5001), ("lookup", 64, 0)]
+    assert HeadProfile.load(file).prompts == 2
+    rows = [json.loads(line)["config"]["head_profile"] for line in out.read_text().splitlines()]
+    assert rows == [str(file), str(file), None]
+    quality.main([*command, "--policies", "hybridkv:classifier=profile"])
+    assert len(made) == 3  # neither the profile nor the row is measured again
 
 
 def test_intervals_are_over_prompts():
