@@ -27,7 +27,7 @@ from bench.judge import Lab, Variant, load_lab, variants_at
 from bench.records import Records
 from bench.tasks import TEXT_TASKS, bootstrap, make_case
 from demo import boards as bd
-from hybridkv.calibrate import calibrate
+from hybridkv.calibrate import NEW_TOKENS, calibrate
 from hybridkv.config import HybridConfig
 from hybridkv.head_profile import HeadProfile
 from model import CheckpointError, InputError
@@ -162,9 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def calibrated(lab: Lab, tasks: Sequence[str], sizes: Sequence[int]) -> HeadProfile:
     """A head profile of two prompts of each task and size, which no run is judged on."""
     cases = [make_case(lab.processor, *at, i) for at in itertools.product(tasks, sizes) for i in CALIBRATION]
-    limit = max(case.limit for case in cases)
-    config = HybridConfig(strict=False)
-    return calibrate(lab.model, [case.prompt for case in cases], config, lab.model.cfg.eos_token_id, limit, lab.name)
+    prompts, config = [case.prompt for case in cases], HybridConfig(strict=False)
+    return calibrate(lab.model, prompts, config, lab.model.cfg.eos_token_id, NEW_TOKENS, lab.name)
 
 
 def row_key(row: dict) -> str:

@@ -14,8 +14,8 @@ class HeadProfile:
     """Means over prompts, (layers, H) each.
 
     Attributes:
-        need: how much a head's output changes, relative to its layer's, when what the prompt's text did not point at
-            is pruned: large for heads that have to retrieve.
+        need: divergence from the full cache, in nats per written token, when this head alone is pruned to what the
+            prompt's text points at: large for heads that have to retrieve.
         visual: share of a head's attention on the context (visual tokens, long text) while answers are written.
         prompts: how many were read.
         model: what was measured, for the reader.

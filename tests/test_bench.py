@@ -1,6 +1,8 @@
 """The benchmarks of quality and the offline profile, small."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, calibrate
 from hybridkv.head_profile import HeadProfile
-from hybridkv.plan import budgeted_plan, static_scores
+from hybridkv.plan import Plan, budgeted_plan, static_scores
 from model import Processor
 from tests.lab import prompt
 
@@ -162,26 +164,45 @@ def test_need_is_found_where_it_was_planted():
     assert heads.agreement(need, np.array([[3, 0], [2, 1]]))[1] == 0.0
 
 
-def test_the_observer_is_a_full_cache_that_knows_what_pruning_would_do(model):
+def test_the_observer_prunes_one_head_of_each_variant(model):
+    """Two steps of every variant against attention written out; 2 layers x 2 KV heads, 3 query heads each."""
     config = HybridConfig(budget=0.3)
     record = Prefill(prompt(300, 0).prunable, config)
     model.prefill(prompt(300, 0), record)
     plan = budgeted_plan(record, torch.zeros(2, 2, dtype=torch.bool), static_scores(record))
-    keys, values = [layer.k for layer in record.layers], [layer.v for layer in record.layers]
     observer = calibrate.Observer(record)
-    q, k, v = torch.randn(1, 6, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
-    out = observer[1](q, k, v)
-    changes = []
-    for head in range(2):
-        K, V = torch.cat([keys[1][head], k[0, head]]), torch.cat([values[1][head], v[0, head]])
-        kept = [*plan.order[1][head, : int(plan.pages[1, head]) * plan.page_size].tolist(), 300]
-        group = q[0, 3 * head : 3 * head + 3, 0]
-        full = torch.softmax(group @ K.T / 4, -1) @ V
-        torch.testing.assert_close(out[0, 3 * head : 3 * head + 3, 0], full, rtol=1e-4, atol=1e-5)
-        pruned = torch.softmax(group @ K[kept].T / 4, -1) @ V[kept]
-        changes.append((full - pruned).norm() / out.norm())
-    torch.testing.assert_close(observer.change[1], torch.stack(changes), rtol=1e-3, atol=1e-5)
-    assert observer.change[0].sum() == 0 and 0 < observer.visual[1].min() <= observer.visual[1].max() < 1
+    assert observer.variants == 5
+    q, k, v = torch.randn(2, 5, 6, 1, 16), torch.randn(2, 5, 2, 1, 16), torch.randn(2, 5, 2, 1, 16)
+    outs = [observer[1](q[step], k[step], v[step]) for step in range(2)]
+    for step, variant, head in np.ndindex(2, 5, 2):
+        K = torch.cat([record.layers[1].k[head], *k[: step + 1, variant, head]])
+        V = torch.cat([record.layers[1].v[head], *v[: step + 1, variant, head]])
+        kept = torch.arange(len(K))
+        if variant == 1 + 2 + head:  # of this layer, this head
+            pages = int(plan.pages[1, head]) * plan.page_size
+            kept = torch.cat([plan.order[1][head, :pages], torch.arange(300, len(K))])
+            assert len(kept) < 200
+        group = slice(3 * head, 3 * head + 3)
+        want = torch.softmax(q[step, variant, group, 0] @ K[kept].T / 4, -1) @ V[kept]
+        torch.testing.assert_close(outs[step][variant, group, 0], want, rtol=1e-4, atol=1e-5)
+    assert observer.visual[0].sum() == 0 and 0 < observer.visual[1].min() <= observer.visual[1].max() < 2
+
+
+def test_need_is_the_divergence_of_an_answer_with_one_head_pruned(model):
+    """Against the paged cache under plans that prune one head and keep the others whole."""
+
+    def prune_one(layer: int, head: int, prefill: Prefill) -> Plan:
+        plan = budgeted_plan(prefill, torch.zeros(2, 2, dtype=torch.bool), static_scores(prefill))
+        pages = torch.full_like(plan.pages, plan.whole_pages)
+        pages[layer, head] = plan.pages[layer, head]
+        return replace(plan, pages=pages)
+
+    config, case = HybridConfig(budget=0.3), Case(prompt(300, 0), None, 7)
+    variants = [judge.Variant(str(at), partial(prune_one, *at), config) for at in np.ndindex(2, 2)]
+    kl = [rows[0]["kl"] for _, rows in lab(model).measure([case], variants, answers=False)]
+    need = calibrate.calibrate(model, [case.prompt], config, model.cfg.eos_token_id, 6).need
+    assert min(kl) > 1e-5
+    torch.testing.assert_close(need.flatten(), torch.tensor(kl), rtol=1e-2, atol=1e-6)
 
 
 def test_a_profile_is_measured_saved_and_used(model, tmp_path):
