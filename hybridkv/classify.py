@@ -58,4 +58,5 @@ def classify(context_mass: Tensor, overlap: Tensor, focus: Tensor, config: Hybri
             order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed)).view_as(context_mass)
         case "profile":
             order = HeadProfile.load(config.head_profile, context_mass.shape).need
-    return ranks(order) >= heads - round(config.dynamic_share * heads)
+    count = max(round(config.dynamic_share * heads), config.dynamic_share > 0)  # of a small model, one at least
+    return ranks(order) >= heads - count

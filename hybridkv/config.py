@@ -28,7 +28,8 @@ class HybridConfig:
         classifier: how heads are told apart: `focus` (see `LayerProfile`), `ranks` (of context mass and movement),
             `threshold` (the paper's fixed one), `profile` (an offline head profile); `random` and `reversed` (of
             `focus`) are there to be beaten.
-        dynamic_share: share of KV heads, over all layers, that are dynamic; `threshold` does not look at it.
+        dynamic_share: share of KV heads, over all layers, that are dynamic, one at least unless it is 0; `threshold`
+            does not look at it.
         threshold: a head is static when at least this share of its attention is settled once the prompt is read (see
             `classify.settled_share`). The paper's is 0.9.
         head_profile: file of an offline profile (`python -m hybridkv.calibrate`), where one is needed.
@@ -54,7 +55,7 @@ class HybridConfig:
     strict: bool = True
     page_size: int = 16
     classifier: str = "focus"
-    dynamic_share: float = 0.25
+    dynamic_share: float = 0.125
     threshold: float = 0.9
     head_profile: str | None = None
     dynamic_weight: float = 1.0
