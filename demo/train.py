@@ -37,8 +37,9 @@ from demo.batches import COMPARED, SEVERAL, SINGLE, Batch, Scene, make_batch
 from demo.evaluate import evaluate, exact
 from demo.muon import Muon
 from demo.tiny_vlm import CHAT_TEMPLATE, save_processing
-from demo.trainee import SIZES, Trainee, config
+from demo.trainee import SEEN, SIZES, Trainee, config
 from demo.vocabulary import VOCABULARY, WORD
+from model import from_pretrained
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,12 @@ class Stage:
         room: tokens of questions and answers beside every prompt; 0 trains the vision tower alone.
         several: share of steps with two to four boards; and `compared` with two boards to compare.
         probe: weight of the auxiliary losses.
+        see: share of that for those that ask the visual embeddings alone (SEEN).
         lr: learning rate at the stage's first and last step, as a share of the full one.
         vision: share of that for the vision tower. Muon's steps have the same length however small the gradient is:
             at the full rate a tower that reads well forgets. 0 keeps it as it is, at two thirds of the time.
+        sharpen: what the vision tower's queries to a whole picture are multiplied by before the first step. Among the
+            patches of the largest boards, attention learned on smaller ones spreads too thin to read neighbours.
         tasks, pairs: how often each kind is asked of one board, and of two to compare.
     """
 
@@ -70,6 +74,8 @@ class Stage:
     largest: int = 0
     lr: tuple[float, float] = (1.0, 1.0)
     vision: float = 1.0
+    see: float = 1.0
+    sharpen: float = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
     pairs: dict[str, float] = field(default_factory=lambda: dict(COMPARED))
 
@@ -96,6 +102,7 @@ STAGES = [
     Stage("far", 400, 20, 64, 2400, 768, 0.25, 0.15, largest=4096, vision=0.0, lr=(0.25, 0.1), **LAST),
     Stage("end", 250, 20, 64, 2400, 768, 0.25, 0.15, largest=4096, vision=0.1, lr=(0.1, 0.001), **LAST),
     Stage("all", 160, 8, 64, 2400, 768, 0.2, 0.25, largest=4096, vision=0.0, lr=(0.12, 0.001), **LAST),
+    Stage("sight", 300, 12, 64, 2400, 768, 0.2, 0.2, largest=4096, lr=(0.06, 0.001), see=0.0, sharpen=1.5, **LAST),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
@@ -147,19 +154,26 @@ def step(trainee: Trainee, opts: list, batch: Batch, stage: Stage, done: int) ->
         answers = F.cross_entropy(logits, batch.labels[batch.labels >= 0])
     else:
         logits, answers, probes = None, torch.zeros(()), trainee.see(batch)[1]
-    (answers + stage.probe * sum(probes.values())).backward()
+    told = sum((stage.see if name in SEEN else 1.0) * loss for name, loss in probes.items())
+    (answers + stage.probe * told).backward()
     for opt in opts:
         opt.step()
         opt.zero_grad()
     return answers.item(), {k: v.item() for k, v in probes.items()}, logits
 
 
-def train(folder: Path, size: str, device: str) -> Trainee:
-    """Runs what is left of the schedule. State, log and curve are in `folder`, saved every SAVE_EVERY steps."""
+def train(folder: Path, size: str, device: str, start: Path | None = None) -> Trainee:
+    """Runs what is left of the schedule. State, log and curve are in `folder`, saved every SAVE_EVERY steps.
+
+    Args:
+        start: an exported checkpoint to begin the last stage with, if there is no state to go on from. The log of
+            earlier stages goes on, if it is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     trainee = Trainee(config(**SIZES[size])).to(device)
     opts, at, seconds = optimizers(trainee), 0, 0.0
+    ends = np.cumsum([stage.steps for stage in STAGES])
     if (folder / "state.pt").is_file():
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
         if state["size"] != size:
@@ -167,15 +181,22 @@ def train(folder: Path, size: str, device: str) -> Trainee:
         trainee.load_state_dict(state["trainee"])
         for opt, saved in zip(opts, state["opts"], strict=True):
             opt.load_state_dict(saved)
-        at, seconds = state["at"], state["seconds"]
-        rows = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-        (folder / "log.jsonl").write_text("".join(rows[:at]))  # steps after the last save run again
-    ends = np.cumsum([stage.steps for stage in STAGES])
+        at = state["at"]
+    elif start:
+        trainee.take(from_pretrained(start, dtype=torch.float32, device=device))
+        at = int(ends[-1]) - STAGES[-1].steps
+    if (folder / "log.jsonl").is_file():
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if row["step"] <= at]  # later steps run again
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        seconds = rows[-1]["seconds"] if rows else 0.0
     bar = tqdm(total=int(ends[-1]), initial=at, desc="training", smoothing=0.05)
     while at < ends[-1]:
         stage = STAGES[int(np.searchsorted(ends, at, side="right"))]
         done = at - int(ends[STAGES.index(stage)]) + stage.steps
         began = time.perf_counter()
+        if done == 0 and stage.sharpen != 1:
+            trainee.sharpen(stage.sharpen)
         rng = bd.rng_for("train", at)
         scene, tasks = draw_scene(rng, stage)
         samples = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)
@@ -196,7 +217,7 @@ def train(folder: Path, size: str, device: str) -> Trainee:
         bar.update()
         if at % SAVE_EVERY == 0 or at == ends[-1] or done == stage.steps - 1:
             state = {"trainee": trainee.state_dict(), "opts": [o.state_dict() for o in opts]}
-            torch.save(state | {"at": at, "seconds": seconds, "size": size}, folder / "state.tmp")
+            torch.save(state | {"at": at, "size": size}, folder / "state.tmp")
             (folder / "state.tmp").replace(folder / "state.pt")
     bar.close()
     return trainee
@@ -245,9 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="state, log, curve and finally the checkpoint; resumes what it finds")
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--start", type=Path, help="an exported checkpoint to begin the last stage with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    trainee = train(args.folder, args.size, args.device)
+    trainee = train(args.folder, args.size, args.device, args.start)
     export(trainee, config(**SIZES[args.size]), args.folder / "checkpoint")
     curve(args.folder / "log.jsonl", args.folder / "curve.png")
     print(f"{args.folder}/checkpoint: now python -m demo.evaluate {args.folder}/checkpoint")

@@ -17,6 +17,7 @@ from model.rope import prompt_positions
 
 RETRIEVES = 3  # the layer whose heads, one of each group and the last, are told where the evidence lies
 TWINS = 1  # the layer whose last head is told, on a board that is shown again, where each cell was the first time
+SEEN = ("key", "value", "right", "down", "colour")  # the auxiliary losses of the visual embeddings, see `Trainee.see`
 SIZES = {  # hidden_size is heads x 32, as transformers wants it
     "small": dict(layers=8, heads=8, kv_heads=4, mlp=384, vision=128),  # 12 MB in bf16
     "large": dict(layers=8, heads=12, kv_heads=4, mlp=512, vision=160),
@@ -83,6 +84,16 @@ class KeyTable(nn.Module):
     def glyph_logits(self, x: Tensor) -> Tensor:
         """How well the rows of the first and the second glyph (the last: of none) fit: (M, C) to (M, 2, 49)."""
         return torch.stack([x @ self.first.T, x @ self.second.T], 1)
+
+    @torch.no_grad()
+    def split(self, table: Tensor) -> None:
+        """Takes over (vocab, C) weights: the rows whose sums come closest to them, the means of both glyphs' equal."""
+        self.rest.copy_(table)
+        keys = rearrange(table[KEY_TOKENS.start : KEY_TOKENS.stop], "(a b) c -> a b c", a=len(bd.GLYPHS))
+        half = keys.mean((0, 1)) / 2
+        self.first[:-1] = keys.mean(1) - half
+        self.second[:-1] = keys.mean(0) - half
+        self.first[-1] = self.second[-1] = table[END] / 2
 
     def table(self) -> Tensor:
         keys = rearrange(self.first[:-1, None] + self.second[:-1], "a b c -> (a b) c")
@@ -166,6 +177,21 @@ class Trainee(nn.Module):
         for kind, words in (("colour", COLOURS), ("board", BOARDS)):
             losses[f"say {kind}"] = F.cross_entropy(said["paper"] @ self.head.rest[words].T, batch.cells[kind][:, 0])
         return losses
+
+    def take(self, model: Model) -> None:
+        """Takes over an exported checkpoint's weights; the heads that name neighbours begin anew."""
+        self.model.load_state_dict(model.state_dict(), strict=False)  # the tables are not among ours
+        self.embed.split(model.embed_tokens.weight)
+        self.head.split(model.lm_head.weight)
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Multiplies the queries of the vision tower's full attention."""
+        tower = self.model.visual
+        for i in tower.cfg.fullatt_block_indexes:
+            qkv = tower.blocks[i].attn.qkv
+            for p in (qkv.weight, qkv.bias):
+                p[: len(p) // 3] *= factor
 
     def export(self) -> dict[str, Tensor]:
         """Published names to bf16 tensors."""

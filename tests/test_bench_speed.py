@@ -27,7 +27,7 @@ def rows_of(file) -> list[dict]:
 def decoded(tmp_path_factory):
     """A run of bench.decode: its rows, its picture."""
     folder = tmp_path_factory.mktemp("decode")
-    command = ["--contexts", "600", "2048", "--budgets", "0.02", "0.2", "--steps", "3", "--layers", "1"]
+    command = ["--contexts", "600", "2048", "--budgets", "0.02", "0.3", "--steps", "3", "--layers", "1"]
     command += ["--contenders", *decode.CONTENDERS, "--attended", "300"]
     with torch.no_grad():
         decode.main([*command, *CPU, "--out", str(folder / "rows.jsonl"), "--plot", str(folder / "plot.png")])
@@ -36,7 +36,7 @@ def decoded(tmp_path_factory):
 
 def test_the_decode_bench_has_a_row_for_each_contender_that_fits(decoded):
     rows, picture = decoded
-    names = ["dense", "full", "transformers", "eager", "hybridkv 0.2", "hybridkv 300 tokens"]
+    names = ["dense", "full", "transformers", "eager", "hybridkv 0.3", "hybridkv 300 tokens"]
     assert [(row["context"], row["contender"]) for row in rows] == [(n, name) for n in (600, 2048) for name in names]
     assert picture.stat().st_size > 5000
 
@@ -52,7 +52,7 @@ def test_the_columns_of_the_decode_bench_follow_from_each_other(decoded):
         assert row["speedup_vs"]["dense"] == pytest.approx(dense["ms_per_token"] / row["ms_per_token"])
         assert set(row["speedup_vs"]) == {"dense", "full", "transformers", "eager"}
     assert dense["cache_bytes"] == 2048 * 2 * 16 * 4
-    assert rows[4]["cache_bytes"] <= 0.2 * dense["cache_bytes"] < rows[1]["cache_bytes"]
+    assert rows[4]["cache_bytes"] <= 0.3 * dense["cache_bytes"] < rows[1]["cache_bytes"]
 
 
 def test_all_full_caches_of_the_decode_bench_take_the_same_steps():

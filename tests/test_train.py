@@ -2,6 +2,7 @@
 resume exactly, the export is the model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,44 @@ def test_the_export_is_the_model_rounded_to_bf16(trainee, tmp_path):
     error = (actual - expected).norm() / expected.norm()
     assert error < 0.02  # a few roundings to 8 bits, 2^-9 each
     assert actual.shape[1] == len(VOCABULARY)
+
+
+def test_an_exported_checkpoint_is_taken_over(trainee, tmp_path):
+    """Its tables are sums again, and it goes on as the model that it came from."""
+    train.export(trainee, config(**TINY), tmp_path)
+    model = from_pretrained(tmp_path, dtype=torch.float32, progress=False)
+    torch.manual_seed(1)
+    taken = Trainee(config(**TINY))
+    taken.take(model)
+    for sums, weight in ((taken.embed.table(), model.embed_tokens.weight), (taken.head.table(), model.lm_head.weight)):
+        # A sum rounded to bfloat16 (half a last bit, 2^-9), then the mean of 48 such rows for each of its two parts.
+        assert (sums - weight).abs().max() < 2**-8 * weight.abs().max()
+    batch = make_batch(bd.rng_for("train", 1), Scene(3, 3), 1, SINGLE, 80)
+    (expected, told), (actual, again) = trainee(batch), taken(batch)
+    assert (actual - expected).norm() < 0.02 * expected.norm()
+    for name in ("key", "value"):
+        written = batch.cells[name][:, 0] < len(bd.GLYPHS)  # how `end` falls into two is not known
+        assert written.any() and abs(told[name] - again[name]) < 0.5 * told[name]
+
+
+def test_sharpening_scales_the_logits_over_a_whole_picture(trainee):
+    batch, seen = make_batch(bd.rng_for("train", 1), Scene(8, 8), 1, SINGLE, 80), []
+
+    def logits(block: torch.nn.Module, inputs: tuple) -> None:
+        q, k, _ = block.qkv(inputs[0]).unflatten(1, (3, block.num_heads, -1)).unbind(1)
+        seen.append(torch.einsum("nhd,mhd->hnm", q, k))
+
+    tower = trainee.model.visual
+    windowed, whole = (tower.blocks[i].attn for i in (0, 1))
+    hooks = [attn.register_forward_pre_hook(logits) for attn in (windowed, whole)]
+    tower(batch.patches, batch.grids)
+    trainee.sharpen(2.0)
+    tower(batch.patches, batch.grids)
+    trainee.sharpen(0.5)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(seen[2], seen[0])
+    torch.testing.assert_close(seen[3], 2 * seen[1])
 
 
 def says(boards: list[bd.Board], cell: bd.Cell, kind: str) -> set[str]:
@@ -299,6 +338,24 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation" in row] == [4]
     assert "python -m demo.evaluate" in capsys.readouterr().out
+
+
+def test_the_last_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypatch):
+    """The log of the stages before goes on; what the embeddings alone are asked may be left out."""
+    train.export(train.train(tmp_path / "whole", "tiny", "cpu"), config(**TINY), tmp_path / "checkpoint")
+    last = replace(STAGES[1], see=0.0, sharpen=1.5)
+    monkeypatch.setattr(train, "STAGES", [STAGES[0], last])
+    sharpened = []
+    monkeypatch.setattr(Trainee, "sharpen", lambda self, factor: sharpened.append(factor))
+    folder = tmp_path / "again"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(f'{{"step": {n}, "seconds": {100 * n}}}\n' for n in (1, 2, 3)))
+    student = train.train(folder, "tiny", "cpu", tmp_path / "checkpoint")
+    torch.manual_seed(0)
+    assert torch.equal(student.right.weight, Trainee(config(**TINY)).right.weight)  # it was not asked
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and sharpened == [1.5]
+    assert 200 <= rows[2]["seconds"] <= rows[4]["seconds"] < 300
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
