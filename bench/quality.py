@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from bench.judge import Lab, Variant, load_lab, variants_at
 from bench.records import Records
+from bench.report import plot, table
 from bench.tasks import TEXT_TASKS, bootstrap, make_case
 from demo import boards as bd
 from hybridkv.calibrate import NEW_TOKENS, calibrate
@@ -49,63 +50,6 @@ def summary(rows: list[dict]) -> dict:
     out |= {"kl": kl.mean(), "kl_ci": bootstrap(kl)}
     costs = ("resident_bytes", "full_bytes", "step_bytes", "attended_tokens", "prompt_tokens", "visual_tokens")
     return out | {key: mean(key) for key in costs}
-
-
-def table(rows: list[dict]) -> str:
-    """The rows as text: a line each."""
-    head = ("task", "tokens", "policy", "budget", "right", "KL", "resident", "read/step", "tokens/step")
-    cells = [head]
-    for row in rows:
-        full = row["full_bytes"]
-        right = (
-            "-" if row["accuracy"] is None else "{:.0%} [{:.0%}, {:.0%}]".format(row["accuracy"], *row["accuracy_ci"])
-        )
-        cells.append(
-            (
-                row["task"],
-                f"{row['prompt_tokens']:.0f}",
-                row["policy"],
-                f"{row['budget']:g}",
-                right,
-                "{:.4f} [{:.4f}, {:.4f}]".format(row["kl"], *row["kl_ci"]),
-                f"{row['resident_bytes'] / full:.1%}",
-                f"{row['step_bytes'] / full:.1%}",
-                f"{row['attended_tokens']:.0f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
-
-
-def plot(rows: list[dict], file: Path) -> None:
-    """Accuracy (or, where there is none, KL) against resident bytes and against attended tokens, a line per policy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(dict.fromkeys((row["task"], row["tokens"]) for row in rows))
-    figure, axes = plt.subplots(len(tasks), 2, figsize=(11, 3.2 * len(tasks)), squeeze=False, sharey="row")
-    for line, (task, tokens) in zip(axes, tasks, strict=True):
-        mine = [row for row in rows if (row["task"], row["tokens"]) == (task, tokens)]
-        for axis, (cost, label) in zip(
-            line,
-            (("resident_bytes", "resident, % of full cache"), ("attended_tokens", "attended, % of tokens")),
-            strict=True,
-        ):
-            for policy in dict.fromkeys(row["policy"] for row in mine):
-                points = sorted((row for row in mine if row["policy"] == policy), key=lambda row: row[cost])
-                whole = "full_bytes" if cost == "resident_bytes" else "prompt_tokens"
-                x = [100 * row[cost] / row[whole] for row in points]
-                key = "kl" if mine[0]["accuracy"] is None else "accuracy"
-                y = np.array([row[key] for row in points])
-                spread = np.array([row[f"{key}_ci"] for row in points])
-                axis.errorbar(x, y, abs(spread.T - y), label=policy, marker="o", ms=4, lw=1.2, capsize=2)
-            axis.set(title=f"{task}, {mine[0]['prompt_tokens']:.0f} tokens", xlabel=label, ylabel=key, xscale="log")
-            axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
 
 
 def build_parser() -> argparse.ArgumentParser:

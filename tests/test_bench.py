@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import heads, judge, quality
+from bench import heads, judge, quality, report
 from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
@@ -133,6 +133,37 @@ def test_head_profiles_are_measured_on_other_prompts(tmp_path, monkeypatch):
     assert rows == [str(file), str(file), None]
     quality.main([*command, "--policies", "hybridkv:classifier=profile"])
     assert len(made) == 3  # neither the profile nor the row is measured again
+
+
+def test_rows_become_tables(tmp_path, capsys):
+    """A line for each policy and budget, a column for each task; what was not measured stays empty."""
+
+    def row(policy: str, budget: float, task: str, accuracy: float | None, kl: float) -> str:
+        costs = {"resident_bytes": 300, "step_bytes": 100, "full_bytes": 1000}
+        costs |= {"attended_tokens": 80, "prompt_tokens": 800, "samples": 7}
+        answers = {"accuracy": accuracy, "accuracy_ci": accuracy and [0.5, 1.0], "kl": kl, "kl_ci": [kl / 2, kl * 2]}
+        about = {"model": "demo", "tokens": 1024, "policy": policy, "budget": budget, "task": task}
+        return json.dumps(about | costs | answers)
+
+    file, picture = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    given = [("a", 0.1, "chain", 0.9, 0.25), ("a", 0.1, "prose", None, 0.5), ("b", 0.2, "chain", 0.0, 4.0)]
+    file.write_text("\n".join(row(*each) for each in given))
+    report.main([str(file), "--plot", str(picture)])
+    assert capsys.readouterr().out.splitlines() == [
+        "demo, 1024 tokens, 7 prompts a task",
+        "",
+        "| policy | budget | chain | prose | resident | read a step | tokens a step |",
+        "|---|---|---|---|---|---|---|",
+        "| `a` | 0.1 | 90%, 0.250 | 0.500 | 30.0% | 10.0% | 10.0% |",
+        "| `b` | 0.2 | 0%, 4.000 |  | 30.0% | 10.0% | 10.0% |",
+    ]
+    assert picture.stat().st_size > 5000
+    report.main([str(file), "--policies", "a", "--tasks", "prose", "--intervals"])
+    assert "| `a` | 0.1 | 0.250 to 1.000 |" in capsys.readouterr().out
+    for command, message in (([str(file), "--budgets", "0.3"], "no row is left"), ([str(tmp_path)], "not JSON lines")):
+        with pytest.raises(SystemExit):
+            report.main(command)
+        assert message in capsys.readouterr().err
 
 
 def test_intervals_are_over_prompts():
