@@ -57,8 +57,10 @@ class Stage:
         lr: learning rate at the stage's first and last step, as a share of the full one.
         vision: share of that for the vision tower. Muon's steps have the same length however small the gradient is:
             at the full rate a tower that reads well forgets. 0 keeps it as it is, at two thirds of the time.
-        sharpen: what the vision tower's queries to a whole picture are multiplied by before the first step. Among the
-            patches of the largest boards, attention learned on smaller ones spreads too thin to read neighbours.
+        text: the same for all but the vision tower.
+        sharpen: what queries are multiplied by before the first step: the vision tower's to a whole picture, and those
+            of the layer that retrieves. Attention learned on small boards spreads too thin on the largest: of wrong
+            answers there, nearly all looked at the right cell and misread its neighbour.
         tasks, pairs: how often each kind is asked of one board, and of two to compare.
     """
 
@@ -75,7 +77,8 @@ class Stage:
     lr: tuple[float, float] = (1.0, 1.0)
     vision: float = 1.0
     see: float = 1.0
-    sharpen: float = 1.0
+    text: float = 1.0
+    sharpen: tuple[float, float] = (1.0, 1.0)
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
     pairs: dict[str, float] = field(default_factory=lambda: dict(COMPARED))
 
@@ -84,6 +87,7 @@ HARDER = {"lookup": 1, "lookups": 2, "colour": 1, "right": 2, "down": 2, "chain"
 NAMES = HARDER | {"lookups": 6}
 SETTLE = {"lookup": 1, "lookups": 3, "colour": 1, "right": 3, "down": 3, "chain": 3, "describe": 3}
 LAST = {"tasks": SETTLE, "pairs": {"compare": 1}}
+FAR = LAST | {"largest": 4096, "see": 0.0}
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0),
     Stage("neighbours", 250, 6, 12, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0, lr=(1.0, 0.3)),
@@ -102,7 +106,8 @@ STAGES = [
     Stage("far", 400, 20, 64, 2400, 768, 0.25, 0.15, largest=4096, vision=0.0, lr=(0.25, 0.1), **LAST),
     Stage("end", 250, 20, 64, 2400, 768, 0.25, 0.15, largest=4096, vision=0.1, lr=(0.1, 0.001), **LAST),
     Stage("all", 160, 8, 64, 2400, 768, 0.2, 0.25, largest=4096, vision=0.0, lr=(0.12, 0.001), **LAST),
-    Stage("sight", 300, 12, 64, 2400, 768, 0.2, 0.2, largest=4096, lr=(0.06, 0.001), see=0.0, sharpen=1.5, **LAST),
+    Stage("sight", 300, 12, 64, 2400, 768, 0.2, 0.2, lr=(0.06, 0.001), sharpen=(1.5, 1.0), **FAR),
+    Stage("eyes", 160, 28, 64, 2400, 384, 0.2, 0.1, lr=(0.03, 0.0005), text=0.0, sharpen=(1.3, 1.3), **FAR),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
@@ -143,12 +148,14 @@ def optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
 
 def step(trainee: Trainee, opts: list, batch: Batch, stage: Stage, done: int) -> tuple[float, dict, Tensor | None]:
     """One update, `done` steps into the stage. Returns the answers' loss, the auxiliary losses and the logits."""
+    trainee.requires_grad_(stage.text > 0)
     trainee.model.visual.requires_grad_(stage.vision > 0)
     first, last = stage.lr
     share = last + (first - last) * (1 + math.cos(math.pi * done / stage.steps)) / 2
     for opt, lr in zip(opts, (MUON_LR, ADAM_LR), strict=True):
         for group in opt.param_groups:
-            group["lr"] = lr * share * (stage.vision if group["vision"] else 1) * min(1, (done + 1) / WARMUP)
+            kind = stage.vision if group["vision"] else stage.text
+            group["lr"] = lr * share * kind * min(1, (done + 1) / WARMUP)
     if stage.room:
         logits, probes = trainee(batch)
         answers = F.cross_entropy(logits, batch.labels[batch.labels >= 0])
@@ -195,8 +202,8 @@ def train(folder: Path, size: str, device: str, start: Path | None = None) -> Tr
         stage = STAGES[int(np.searchsorted(ends, at, side="right"))]
         done = at - int(ends[STAGES.index(stage)]) + stage.steps
         began = time.perf_counter()
-        if done == 0 and stage.sharpen != 1:
-            trainee.sharpen(stage.sharpen)
+        if done == 0:
+            trainee.sharpen(*stage.sharpen)
         rng = bd.rng_for("train", at)
         scene, tasks = draw_scene(rng, stage)
         samples = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)

@@ -185,13 +185,14 @@ class Trainee(nn.Module):
         self.head.split(model.lm_head.weight)
 
     @torch.no_grad()
-    def sharpen(self, factor: float) -> None:
-        """Multiplies the queries of the vision tower's full attention."""
+    def sharpen(self, picture: float, retrieval: float) -> None:
+        """Multiplies the queries of the vision tower's full attention, and those of the layer that retrieves."""
         tower = self.model.visual
         for i in tower.cfg.fullatt_block_indexes:
-            qkv = tower.blocks[i].attn.qkv
-            for p in (qkv.weight, qkv.bias):
-                p[: len(p) // 3] *= factor
+            for p in tower.blocks[i].attn.qkv.parameters():
+                p[: len(p) // 3] *= picture
+        for p in self.model.layers[RETRIEVES].self_attn.q_proj.parameters():
+            p *= retrieval
 
     def export(self) -> dict[str, Tensor]:
         """Published names to bf16 tensors."""

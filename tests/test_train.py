@@ -90,7 +90,7 @@ def test_an_exported_checkpoint_is_taken_over(trainee, tmp_path):
         assert written.any() and abs(told[name] - again[name]) < 0.5 * told[name]
 
 
-def test_sharpening_scales_the_logits_over_a_whole_picture(trainee):
+def test_sharpening_scales_the_logits_over_a_whole_picture_and_where_heads_retrieve(trainee):
     batch, seen = make_batch(bd.rng_for("train", 1), Scene(8, 8), 1, SINGLE, 80), []
 
     def logits(block: torch.nn.Module, inputs: tuple) -> None:
@@ -101,13 +101,19 @@ def test_sharpening_scales_the_logits_over_a_whole_picture(trainee):
     windowed, whole = (tower.blocks[i].attn for i in (0, 1))
     hooks = [attn.register_forward_pre_hook(logits) for attn in (windowed, whole)]
     tower(batch.patches, batch.grids)
-    trainee.sharpen(2.0)
+    q_proj, queries = [layer.self_attn.q_proj for layer in trainee.model.layers], []
+    x = torch.randn(3, trainee.model.cfg.hidden_size)
+    queries.append([proj(x) for proj in q_proj])
+    trainee.sharpen(2.0, 4.0)
     tower(batch.patches, batch.grids)
-    trainee.sharpen(0.5)
+    queries.append([proj(x) for proj in q_proj])
+    trainee.sharpen(0.5, 0.25)
     for hook in hooks:
         hook.remove()
     torch.testing.assert_close(seen[2], seen[0])
     torch.testing.assert_close(seen[3], 2 * seen[1])
+    for i, (before, after) in enumerate(zip(*queries, strict=True)):
+        torch.testing.assert_close(after, (4 if i == RETRIEVES else 1) * before)
 
 
 def says(boards: list[bd.Board], cell: bd.Cell, kind: str) -> set[str]:
@@ -343,10 +349,10 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
 def test_the_last_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypatch):
     """The log of the stages before goes on; what the embeddings alone are asked may be left out."""
     train.export(train.train(tmp_path / "whole", "tiny", "cpu"), config(**TINY), tmp_path / "checkpoint")
-    last = replace(STAGES[1], see=0.0, sharpen=1.5)
+    last = replace(STAGES[1], see=0.0, sharpen=(1.5, 1.2))
     monkeypatch.setattr(train, "STAGES", [STAGES[0], last])
     sharpened = []
-    monkeypatch.setattr(Trainee, "sharpen", lambda self, factor: sharpened.append(factor))
+    monkeypatch.setattr(Trainee, "sharpen", lambda self, *factors: sharpened.append(factors))
     folder = tmp_path / "again"
     folder.mkdir()
     (folder / "log.jsonl").write_text("".join(f'{{"step": {n}, "seconds": {100 * n}}}\n' for n in (1, 2, 3)))
@@ -354,7 +360,7 @@ def test_the_last_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypa
     torch.manual_seed(0)
     assert torch.equal(student.right.weight, Trainee(config(**TINY)).right.weight)  # it was not asked
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and sharpened == [1.5]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and sharpened[-1] == (1.5, 1.2)
     assert 200 <= rows[2]["seconds"] <= rows[4]["seconds"] < 300
 
 
@@ -371,20 +377,20 @@ def test_a_batch_is_learned(device):
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_a_stage_may_keep_the_vision_tower_as_it_is():
+def test_a_stage_may_keep_the_vision_tower_or_the_rest_as_it_is():
     torch.manual_seed(0)
     student = Trainee(config(**TINY))
     optimizers = train.optimizers(student)
     batch = make_batch(np.random.default_rng(0), Scene(2, 2), 2, {"lookup": 1}, 64)
 
-    def changed(vision: float) -> dict[str, bool]:
+    def changed(vision: float, text: float) -> dict[str, bool]:
         before = {name: p.clone() for name, p in student.named_parameters()}
         with torch.enable_grad():
-            train.step(student, optimizers, batch, train.Stage("one", 60, 2, 2, 8, 64, vision=vision), 20)
+            train.step(student, optimizers, batch, train.Stage("one", 60, 2, 2, 8, 64, vision=vision, text=text), 20)
         return {name: not torch.equal(p, before[name]) for name, p in student.named_parameters()}
 
-    for vision in (1.0, 0.0, 1.0):
-        moved = changed(vision)
+    for vision, text in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)):
+        moved = changed(vision, text)
         tower = {name for name in moved if name.startswith("model.visual.")}
-        assert any(moved[name] for name in moved.keys() - tower)
+        assert any(moved[name] for name in moved.keys() - tower) == (text > 0)
         assert any(moved[name] for name in tower) == (vision > 0)
