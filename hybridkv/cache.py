@@ -21,7 +21,7 @@ from hybridkv.pack import Placement, lane_tokens, place
 from hybridkv.pages import Capacity
 from hybridkv.plan import Costs, Plan, full_bytes
 from hybridkv.profile import Prefill
-from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, score_lanes, select
+from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, best_chunks
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class HybridCache(nn.Module):
         if not self.capacity.retrieve:
             return fixed, n_fixed
         chunks, n_retrieve = self._of(layer, self.chunks), self._of(layer, self.n_retrieve)
-        scores = score_lanes(self.summary, q, chunks, self._of(layer, self.n_chunks), self._of(layer, self.row))
-        found = self._fetch(select(scores, chunks, self.capacity.retrieve))
+        n_chunks, row = self._of(layer, self.n_chunks), self._of(layer, self.row)
+        found = self._fetch(best_chunks(self.summary, q, chunks, n_chunks, row, self.capacity.retrieve))
         column = torch.arange(found.shape[1] + fixed.shape[1], device=q.device)
         k = n_retrieve[:, None]
         from_found = found.gather(1, column.clamp(max=found.shape[1] - 1).expand(len(q), -1))

@@ -28,7 +28,7 @@ from hybridkv.policies import POLICIES
 from hybridkv.profile import Prefill, outline
 from hybridkv.sampling import Sampling, sample
 
-# Else the compile cache on disk would refuse graphs with a loop (`retrieve.score_lanes`). Its key covers their bodies.
+# Else the compile cache on disk would refuse graphs with a loop (`retrieve.best_chunks`). Its key covers their bodies.
 CPU_OPTIONS = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__}}
 
 

@@ -146,29 +146,32 @@ def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
     return mass.masked_fill(~valid, -1.0)
 
 
-def score_lanes(
-    summary: "KeySketch | KeyBounds | ExactKeys", q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor
+def best_chunks(
+    summary: "KeySketch | KeyBounds | ExactKeys", q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, count: int
 ) -> Tensor:
-    """`summary.scores` of all lanes, (L, C).
+    """Page numbers of the `count` best chunks of each lane, best first, (L, count); of lanes without chunks, any.
 
     A compiled step on a CPU loops over the lanes that have chunks. All at once, the others would cost as much, and what
     is unpacked for them would not stay in the CPU's cache. A GPU takes them along: they read one page over and over,
     and a loop would make it wait for the host.
+
+    Args:
+        q: (L, G, D). chunks: (L, C) page numbers, the first n_chunks (L,) are valid. row: (L,) as in the summary.
     """
     if not (q.is_cpu and torch.compiler.is_compiling()):
-        return summary.scores(q, chunks, n_chunks, row)
+        return select(summary.scores(q, chunks, n_chunks, row), chunks, count)
     through = (n_chunks > 0).cumsum(0)  # (L,) lanes with chunks up to each
 
-    def more(i: Tensor, scores: Tensor) -> Tensor:
+    def more(i: Tensor, best: Tensor) -> Tensor:
         return i < through[-1]
 
-    def score(i: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(i: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
         lane = torch.searchsorted(through, i.view(1) + 1)
-        found = summary.scores(*(t.index_select(0, lane) for t in (q, chunks, n_chunks, row)))
-        return i + 1, scores.index_copy(0, lane, found)
+        mine = [t.index_select(0, lane) for t in (q, chunks, n_chunks, row)]
+        return i + 1, best.index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
 
-    none = torch.full(chunks.shape, -1.0)
-    return while_loop(more, score, (torch.zeros((), dtype=torch.int64), none))[1]
+    none = chunks.new_zeros(len(chunks), count)
+    return while_loop(more, choose, (torch.zeros((), dtype=torch.int64), none))[1]
 
 
 def select(scores: Tensor, chunks: Tensor, count: int) -> Tensor:
