@@ -108,6 +108,7 @@ STAGES = [
     Stage("all", 160, 8, 64, 2400, 768, 0.2, 0.25, largest=4096, vision=0.0, lr=(0.12, 0.001), **LAST),
     Stage("sight", 300, 12, 64, 2400, 768, 0.2, 0.2, lr=(0.06, 0.001), sharpen=(1.5, 1.0), **FAR),
     Stage("eyes", 160, 28, 64, 2400, 384, 0.2, 0.1, lr=(0.03, 0.0005), text=0.0, sharpen=(1.3, 1.3), **FAR),
+    Stage("round", 130, 4, 64, 2400, 384, 0.15, 0.3, lr=(0.03, 0.0005), vision=0.5, **FAR),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
