@@ -68,7 +68,8 @@ def markdown(rows: list[dict], intervals: bool = False) -> str:
 
 def _cell(row: dict, intervals: bool) -> str:
     """`97%, 0.19`, or `97%, 0.12 to 0.25`."""
-    kl = "{:.3f} to {:.3f}".format(*row["kl_ci"]) if intervals else f"{row['kl']:.3f}"
+    low, high, mean = (round(x, 3) + 0.0 for x in (*row["kl_ci"], row["kl"]))  # + 0.0: no minus before a zero
+    kl = f"{low:.3f} to {high:.3f}" if intervals else f"{mean:.3f}"
     return kl if row["accuracy"] is None else f"{row['accuracy']:.0%}, {kl}"
 
 

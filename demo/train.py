@@ -87,6 +87,7 @@ HARDER = {"lookup": 1, "lookups": 2, "colour": 1, "right": 2, "down": 2, "chain"
 NAMES = HARDER | {"lookups": 6}
 SETTLE = {"lookup": 1, "lookups": 3, "colour": 1, "right": 3, "down": 3, "chain": 3, "describe": 3}
 LAST = {"tasks": SETTLE, "pairs": {"compare": 1}}
+RUNS = {"lookup": 1, "lookups": 2, "colour": 1, "right": 3, "down": 5, "chain": 3, "describe": 6}
 FAR = LAST | {"largest": 4096, "see": 0.0}
 STAGES = [
     Stage("glyphs", 250, 6, 10, cells=2400, room=0, several=0.0, compared=0.0, probe=1.0),
@@ -109,6 +110,7 @@ STAGES = [
     Stage("sight", 300, 12, 64, 2400, 768, 0.2, 0.2, lr=(0.06, 0.001), sharpen=(1.5, 1.0), **FAR),
     Stage("eyes", 160, 28, 64, 2400, 384, 0.2, 0.1, lr=(0.03, 0.0005), text=0.0, sharpen=(1.3, 1.3), **FAR),
     Stage("round", 130, 4, 64, 2400, 384, 0.15, 0.3, lr=(0.03, 0.0005), vision=0.5, **FAR),
+    Stage("runs", 110, 16, 64, 2400, 640, 0.1, 0.1, lr=(0.03, 0.0003), vision=0.5, **FAR | {"tasks": RUNS}),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
