@@ -55,7 +55,7 @@ class HybridConfig:
     strict: bool = True
     page_size: int = 16
     classifier: str = "focus"
-    dynamic_share: float = 0.125
+    dynamic_share: float = 0.25
     threshold: float = 0.9
     head_profile: str | None = None
     dynamic_weight: float = 1.0
