@@ -53,7 +53,8 @@ def markdown(rows: list[dict], intervals: bool = False) -> str:
         mine = [row for row in rows if (row["model"], row["tokens"]) == (model, tokens)]
         tasks = unique(mine, "task")
         head = ["policy", "budget", *(task for (task,) in tasks), "resident", "read a step", "tokens a step"]
-        lines = [f"{model}, {tokens} tokens, {mine[0]['samples']} prompts a task", "", f"| {' | '.join(head)} |"]
+        samples = " or ".join(map(str, sorted({row["samples"] for row in mine})))
+        lines = [f"{model}, {tokens} tokens, {samples} prompts a task", "", f"| {' | '.join(head)} |"]
         lines.append("|---" * len(head) + "|")
         for policy, budget in unique(mine, "policy", "budget"):
             found = {(row["task"],): row for row in mine if (row["policy"], row["budget"]) == (policy, budget)}
