@@ -98,21 +98,25 @@ def sketch_scores(
         (L, C) float32; -1 where there is no chunk.
     """
     projected = einsum(q.float(), basis.float(), "l g d, l d r -> l g r") * step[:, None] * q.shape[-1] ** -0.5
-    words = sketch[chunks]  # (L, C, rank / 4, page_size)
-    # A GPU unpacks and multiplies in one pass over the words. A CPU unpacks once for all query heads of the group:
-    # repeating that for each of them takes longer than writing floats and reading them again.
-    score = unpacked_matmul if q.is_cpu else fused_matmul
-    token = sum(score(projected[..., j::WORD], from_words(words, j)) for j in range(WORD))  # (L, G, C, page_size)
-    return chunk_mass(token, n_chunks, group)
+    return chunk_mass(token_scores(projected, sketch[chunks]), n_chunks, group)
 
 
-def unpacked_matmul(q: Tensor, z: Tensor) -> Tensor:
-    """(L, G, W), (L, C, W, page_size) -> (L, G, C, page_size)"""
-    return rearrange(q @ rearrange(z, "l c w s -> l w (c s)"), "l g (c s) -> l g c s", s=z.shape[-1])
+def token_scores(q: Tensor, words: Tensor) -> Tensor:
+    """Dot products with sketches, (L, G, rank), (L, C, rank / 4, page_size) int32 -> (L, G, C, page_size)."""
+    z = [from_words(words[:, :, w], j) for w in range(words.shape[2]) for j in range(WORD)]
+    if torch.compiler.is_compiling():
+        return written_out(q, z)
+    return einsum(q, torch.stack(z), "l g r, r l c s -> l g c s")
 
 
-def fused_matmul(q: Tensor, z: Tensor) -> Tensor:
-    return (q[:, :, None, :, None] * z[:, None]).sum(-2)
+def written_out(q: Tensor, z: Sequence[Tensor]) -> Tensor:
+    """The same sums term by term, for the compiler: (L, G, rank), rank of (L, C, page_size) -> (L, G, C, page_size).
+
+    They become one loop that loads and unpacks every word once for all query heads of the group, and keeps their sums
+    in registers. Before a matmul it would write four bytes for each one, and read them again.
+    """
+    heads = [sum(q[:, g, r, None, None] * z_r for r, z_r in enumerate(z)) for g in range(q.shape[1])]
+    return torch.stack(heads, 1)
 
 
 def bound_scores(q: Tensor, low: Tensor, high: Tensor, chunks: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:

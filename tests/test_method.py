@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,13 +19,13 @@ from hybridkv.retrieve import (
     encode,
     fit_sketch,
     from_words,
-    fused_matmul,
     pack_sketch,
     select,
     sketch_scores,
     tile_order,
     to_words,
-    unpacked_matmul,
+    token_scores,
+    written_out,
 )
 from tests.lab import configs, prompts, random_prefill, shapes
 
@@ -330,13 +331,16 @@ def test_words_hold_four_bytes():
 
 @examples
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
-def test_both_ways_to_multiply_with_a_sketch_agree(lanes, group, chunks, words, seed):
+def test_sums_written_out_are_those_of_the_matmul(lanes, group, chunks, n_words, seed):
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(lanes, group, words, generator=generator)
-    z = torch.randint(-127, 128, (lanes, chunks, words, 16), generator=generator).float()
-    # Sums of at most 9 products, each below 127 |q|, in another order.
-    bound = 2 * words**2 * torch.finfo(torch.float32).eps * 127 * float(q.abs().max())
-    torch.testing.assert_close(unpacked_matmul(q, z), fused_matmul(q, z), atol=bound, rtol=0)
+    rank = 4 * n_words
+    q = torch.randn(lanes, group, rank, generator=generator)
+    z = torch.randint(-127, 128, (lanes, chunks, 16, rank), generator=generator).to(torch.int8)
+    words = rearrange(to_words(z), "l c s w -> l c w s")
+    apart = [z[..., r].float() for r in range(rank)]
+    # Sums of `rank` products, each at most 127 |q|, in another order.
+    bound = 2 * rank**2 * torch.finfo(torch.float32).eps * 127 * float(q.abs().max())
+    torch.testing.assert_close(token_scores(q, words), written_out(q, apart), atol=bound, rtol=0)
 
 
 @examples
