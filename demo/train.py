@@ -61,6 +61,7 @@ class Stage:
         sharpen: what queries are multiplied by before the first step: the vision tower's to a whole picture, and those
             of the layer that retrieves. Attention learned on small boards spreads too thin on the largest: of wrong
             answers there, nearly all looked at the right cell and misread its neighbour.
+        near: before the first step, see `Trainee.prefer_near`.
         tasks, pairs: how often each kind is asked of one board, and of two to compare.
     """
 
@@ -79,6 +80,7 @@ class Stage:
     see: float = 1.0
     text: float = 1.0
     sharpen: tuple[float, float] = (1.0, 1.0)
+    near: float = 0.0
     tasks: dict[str, float] = field(default_factory=lambda: dict(SINGLE))
     pairs: dict[str, float] = field(default_factory=lambda: dict(COMPARED))
 
@@ -111,6 +113,7 @@ STAGES = [
     Stage("eyes", 160, 28, 64, 2400, 384, 0.2, 0.1, lr=(0.03, 0.0005), text=0.0, sharpen=(1.3, 1.3), **FAR),
     Stage("round", 130, 4, 64, 2400, 384, 0.15, 0.3, lr=(0.03, 0.0005), vision=0.5, **FAR),
     Stage("runs", 110, 16, 64, 2400, 640, 0.1, 0.1, lr=(0.03, 0.0003), vision=0.5, **FAR | {"tasks": RUNS}),
+    Stage("near", 60, 12, 64, 2400, 640, 0.15, 0.15, lr=(0.03, 0.0003), vision=0.5, near=2.0, **FAR),
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
@@ -207,6 +210,7 @@ def train(folder: Path, size: str, device: str, start: Path | None = None) -> Tr
         began = time.perf_counter()
         if done == 0:
             trainee.sharpen(*stage.sharpen)
+            trainee.prefer_near(stage.near)
         rng = bd.rng_for("train", at)
         scene, tasks = draw_scene(rng, stage)
         samples = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)

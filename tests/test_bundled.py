@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from bench.tasks import board_case
 from demo import boards as bd
+from demo import neighbours
+from demo.batches import Scene, make_batch
 from hybridkv import Engine, HybridConfig, demos
 from model import Processor, from_pretrained
 from tests.test_parity import TOLERANCE, ours, reference_inputs
@@ -136,3 +139,16 @@ def test_bad_demo_arguments_get_one_line(arguments, message, capsys):
         generate.main(arguments)
     err = capsys.readouterr().err
     assert exit.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_neighbours_are_read_and_those_of_another_board_are_not(bundled, capsys):
+    model, scene = bundled[0], Scene(12, 12)
+    one, other = (make_batch(bd.rng_for("validation", i), scene, 1, {"lookup": 1.0}, 24) for i in (0, 1))
+    for kind, wrong in neighbours.misread(model, one, scene).items():
+        keys = one.cells["key"].view(12, 12, 2)[..., 0] < len(bd.GLYPHS)
+        both = keys[:, :-1] & keys[:, 1:] if kind == "right" else keys[:-1] & keys[1:]
+        assert (~wrong.isnan()).sum() == both.sum() > 20 and wrong.nanmean() < 0.05
+    for wrong in neighbours.misread(model, replace(one, patches=other.patches), scene).values():
+        assert wrong.nanmean() > 0.9
+    neighbours.main([str(demos.MODEL), "--sides", "8", "--boards", "1"])
+    assert "| 8 x 8 | down |" in capsys.readouterr().out

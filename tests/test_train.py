@@ -17,6 +17,7 @@ from demo.muon import Muon, orthogonalise
 from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise, twin_surprise
 from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode
 from model import Processor, from_pretrained
+from model.rope import inverse_frequencies, rotate
 from tests.lab import GPU
 
 TINY = dict(layers=4, heads=4, kv_heads=4, mlp=48, vision=32)
@@ -114,6 +115,27 @@ def test_sharpening_scales_the_logits_over_a_whole_picture_and_where_heads_retri
     torch.testing.assert_close(seen[3], 2 * seen[1])
     for i, (before, after) in enumerate(zip(*queries, strict=True)):
         torch.testing.assert_close(after, (4 if i == RETRIEVES else 1) * before)
+
+
+def test_near_is_a_bonus_that_falls_with_the_distance():
+    """On queries and keys that say nothing else, in the layer that sees whole pictures, and only there."""
+    trainee = Trainee(config(**TINY | {"vision": 128}))
+    tower = trainee.model.visual
+    rows, cols = torch.tensor([[0, 0, 40, 127], [0, 3, 5, 1]])
+    angles = torch.cat([t[:, None] * inverse_frequencies(16, 1e4) for t in (rows, cols)], 1)[:, None].repeat(1, 1, 2)
+
+    def scores(layer: int) -> torch.Tensor:
+        q, k, _ = tower.blocks[layer].attn.qkv.bias.view(3, 1, 4, 32).expand(-1, len(rows), -1, -1)
+        q, k = (rotate(t, angles.cos(), angles.sin()) for t in (q, k))
+        return torch.einsum("nhd,mhd->hnm", q, k) / 32**0.5
+
+    for block in tower.blocks:
+        torch.nn.init.zeros_(block.attn.qkv.bias)
+    trainee.prefer_near(2.0)
+    slow, (row, col) = 1e4 ** (-3 / 8), (t[:, None] - t for t in (rows, cols))
+    expected = 2.0 * ((slow * row).cos() + (slow * col).cos())
+    torch.testing.assert_close(scores(1), expected.expand(4, -1, -1), atol=1e-5, rtol=1e-5)
+    assert (scores(0) == 0).all() and expected[0, 0] == 4.0 and expected[0, 3] < 1.0
 
 
 def says(boards: list[bd.Board], cell: bd.Cell, kind: str) -> set[str]:
@@ -349,10 +371,11 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
 def test_the_last_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypatch):
     """The log of the stages before goes on; what the embeddings alone are asked may be left out."""
     train.export(train.train(tmp_path / "whole", "tiny", "cpu"), config(**TINY), tmp_path / "checkpoint")
-    last = replace(STAGES[1], see=0.0, sharpen=(1.5, 1.2))
+    last = replace(STAGES[1], see=0.0, sharpen=(1.5, 1.2), near=2.0)
     monkeypatch.setattr(train, "STAGES", [STAGES[0], last])
     sharpened = []
     monkeypatch.setattr(Trainee, "sharpen", lambda self, *factors: sharpened.append(factors))
+    monkeypatch.setattr(Trainee, "prefer_near", lambda self, nats: sharpened.append(nats))
     folder = tmp_path / "again"
     folder.mkdir()
     (folder / "log.jsonl").write_text("".join(f'{{"step": {n}, "seconds": {100 * n}}}\n' for n in (1, 2, 3)))
@@ -360,7 +383,7 @@ def test_the_last_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypa
     torch.manual_seed(0)
     assert torch.equal(student.right.weight, Trainee(config(**TINY)).right.weight)  # it was not asked
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and sharpened[-1] == (1.5, 1.2)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and sharpened == [(1.5, 1.2), 2.0]
     assert 200 <= rows[2]["seconds"] <= rows[4]["seconds"] < 300
 
 
