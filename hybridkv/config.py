@@ -68,7 +68,7 @@ class HybridConfig:
     top_share: float = 0.1
     score: str = "max"
     pool: int = 15
-    pool_side: int = 1
+    pool_side: int = 3
     sinks: int = 4
     recent: int = 16
 

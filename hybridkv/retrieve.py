@@ -98,24 +98,34 @@ def sketch_scores(
         (L, C) float32; -1 where there is no chunk.
     """
     projected = einsum(q.float(), basis.float(), "l g d, l d r -> l g r") * step[:, None] * q.shape[-1] ** -0.5
-    return chunk_mass(token_scores(projected, sketch[chunks]), n_chunks, group)
+    return chunk_mass(token_scores(projected, sketch, chunks), n_chunks, group)
 
 
-def token_scores(q: Tensor, words: Tensor) -> Tensor:
-    """Dot products with sketches, (L, G, rank), (L, C, rank / 4, page_size) int32 -> (L, G, C, page_size)."""
-    z = [from_words(words[:, :, w], j) for w in range(words.shape[2]) for j in range(WORD)]
-    if torch.compiler.is_compiling():
-        return written_out(q, z)
-    return einsum(q, torch.stack(z), "l g r, r l c s -> l g c s")
+def token_scores(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
+    """Dot products with the sketches of each lane's tokens: (L, G, rank), as stored, (L, C) -> (L, G, C, page_size).
 
-
-def written_out(q: Tensor, z: Sequence[Tensor]) -> Tensor:
-    """The same sums term by term, for the compiler: (L, G, rank), rank of (L, C, page_size) -> (L, G, C, page_size).
-
-    They become one loop that loads and unpacks every word once for all query heads of the group, and keeps their sums
-    in registers. Before a matmul it would write four bytes for each one, and read them again.
+    Compiled, the sums are written out: one loop loads and unpacks every word once for all query heads of the group, and
+    keeps their sums in registers. Before a matmul it would write four bytes for each one, and read them again.
     """
-    heads = [sum(q[:, g, r, None, None] * z_r for r, z_r in enumerate(z)) for g in range(q.shape[1])]
+    if not torch.compiler.is_compiling():
+        words = sketch[chunks]  # (L, C, rank / 4, page_size)
+        z = torch.stack([from_words(words, j) for j in range(WORD)], 3)
+        return einsum(q, rearrange(z, "l c w j s -> l (w j) c s"), "l g r, l r c s -> l g c s")
+    return written_out(q, sketch, chunks)
+
+
+def written_out(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
+    """`token_scores`, sum by sum, for the compiler.
+
+    Indices are tensors: in a `while_loop`, each slice x[:, 3] would become a call that copies.
+    """
+
+    def at(i: int) -> Tensor:
+        return torch.full((1,), i, device=q.device)
+
+    z = [from_words(sketch[chunks, at(w)], j) for w in range(sketch.shape[1]) for j in range(WORD)]  # rank of (L, C, S)
+    lane = torch.arange(len(q), device=q.device)
+    heads = [sum(q[lane, at(g), at(r)][:, None, None] * z[r] for r in range(len(z))) for g in range(q.shape[1])]
     return torch.stack(heads, 1)
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -336,11 +335,11 @@ def test_sums_written_out_are_those_of_the_matmul(lanes, group, chunks, n_words,
     rank = 4 * n_words
     q = torch.randn(lanes, group, rank, generator=generator)
     z = torch.randint(-127, 128, (lanes, chunks, 16, rank), generator=generator).to(torch.int8)
-    words = rearrange(to_words(z), "l c s w -> l c w s")
-    apart = [z[..., r].float() for r in range(rank)]
+    sketch = pack_sketch(z.flatten(0, 2), 16)  # (lanes * chunks, words, 16)
+    table = torch.arange(lanes * chunks).view(lanes, chunks)
     # Sums of `rank` products, each at most 127 |q|, in another order.
     bound = 2 * rank**2 * torch.finfo(torch.float32).eps * 127 * float(q.abs().max())
-    torch.testing.assert_close(token_scores(q, words), written_out(q, apart), atol=bound, rtol=0)
+    torch.testing.assert_close(token_scores(q, sketch, table), written_out(q, sketch, table), atol=bound, rtol=0)
 
 
 @examples
