@@ -238,12 +238,13 @@ def test_state_is_only_buffers():
 
 
 def test_a_step_is_made_of_few_kernels(generated_code):
-    """With torch 2.13: 20 fused kernels, 13 matrix products, 1 top-k; whatever the depth, as layers share a region."""
+    """With torch 2.13: 18 fused kernels, 9 matrix products, 6 other calls, at any depth: layers share a region."""
     code, _, _ = generated_code
     kernels = re.findall(r"^(cpp_fused\w+) = async_compile", code, re.M)
-    assert 5 < len(set(kernels)) <= 22
-    assert 5 < len(re.findall(r"extern_kernels\.\w*mm\w*\(", code)) <= 14
-    assert len(re.findall(r"= torch\.ops\.aten\.topk\.default\(", code)) == 1
+    assert 5 < len(set(kernels)) <= 20
+    assert 5 < len(re.findall(r"extern_kernels\.\w*mm\w*\(", code)) <= 10
+    calls = re.findall(r"= torch\.ops\.aten\.(\w+)", code)
+    assert calls.count("topk") == 1 and len(calls) <= 10  # what the compiler can't fuse: slices in a loop, for example
 
 
 def test_the_compile_cache_keeps_loops_and_tells_them_apart():
