@@ -165,9 +165,8 @@ def best_chunks(
 ) -> Tensor:
     """Page numbers of the `count` best chunks of each lane, best first, (L, count); of lanes without chunks, any.
 
-    A compiled step on a CPU loops over the lanes that have chunks. All at once, the others would cost as much, and what
-    is unpacked for them would not stay in the CPU's cache. A GPU takes them along: they read one page over and over,
-    and a loop would make it wait for the host.
+    A compiled step on a CPU loops over the lanes that have chunks: all at once, the others would cost as much. A GPU
+    takes them along: they read one page over and over, and a loop would make it wait for the host.
 
     Args:
         q: (L, G, D). chunks: (L, C) page numbers, the first n_chunks (L,) are valid. row: (L,) as in the summary.
