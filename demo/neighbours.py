@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found[kind].append(wrong if kind == "down" else wrong.T)  # along the first dimension
         for kind, boards in found.items():
             wrong = torch.stack(boards)
-            edge = torch.cat([wrong[:, : side // 8], wrong[:, -(side // 8) :]], 1)
-            shares = (wrong, edge, wrong[:, side // 8 : -(side // 8)])
+            rim = max(1, side // 8)
+            shares = (wrong, torch.cat([wrong[:, :rim], wrong[:, -rim:]], 1), wrong[:, rim:-rim])
             cells = int((~wrong.isnan()).sum())
             print(f"| {side} x {side} | {kind} | {cells} | " + " | ".join(f"{s.nanmean():.2%}" for s in shares) + " |")
 

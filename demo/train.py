@@ -59,8 +59,7 @@ class Stage:
             at the full rate a tower that reads well forgets. 0 keeps it as it is, at two thirds of the time.
         text: the same for all but the vision tower.
         sharpen: what queries are multiplied by before the first step: the vision tower's to a whole picture, and those
-            of the layer that retrieves. Attention learned on small boards spreads too thin on the largest: of wrong
-            answers there, nearly all looked at the right cell and misread its neighbour.
+            of the layer that retrieves: attention learned on small boards spreads too thin on the largest.
         near: before the first step, see `Trainee.prefer_near`.
         tasks, pairs: how often each kind is asked of one board, and of two to compare.
     """
