@@ -1,8 +1,8 @@
 """Static or dynamic: which KV heads have settled where they look once the prompt is read.
 
-Text-centric attention decides. A head whose text queries each single out one token of the context does so again for
-every word that is written, and then needs another one: *dynamic*. A head that attends to text, or to much of the
-context at once, can be pruned by what the prompt's text points at: *static*.
+Text-centric attention decides. A head in which some word of the text surely singles out one far token of the context
+does so again for words that are written, and then needs another one: *dynamic*. A head that attends to text, to what is
+near, or to much of the context at once, can be pruned by what the prompt's text points at: *static*.
 """
 
 import torch

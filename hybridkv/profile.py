@@ -1,7 +1,8 @@
 """Prefill, and what it reveals: where the prompt's text looks, for every KV head.
 
 Attention over the prompt is dense and causal. On the way, the last text queries (the *window*) are multiplied with all
-keys once more, one KV head at a time, which costs window / T of the attention and never holds a T x T matrix.
+keys once more, one KV head at a time, which costs window / T of the attention and never holds a T x T matrix. Where the
+context itself is text, so are its own last queries.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +30,9 @@ class LayerProfile:
             to each token.
         mean_score: (H, T) float32, the mean over window queries and heads of the group.
         context_mass: (H,) mean share of the window's attention on prunable tokens.
-        focus: (H,) mean over window queries and the group's heads of the largest probability on one prunable token.
+        focus: (H,) how surely text singles out one far token of the context: the largest probability that a text query
+            gives to one prunable token at least `config.window` before it, mean over the group's heads. Text queries
+            are the window and, where the context is text, its own last `config.window` tokens.
         overlap: (H,) mean pairwise Jaccard overlap of the window queries' top sets among prunable tokens; 1 if all
             queries look at the same tokens. NaN unless `config.classifier` is one of BY_OVERLAP.
     """
@@ -49,17 +52,25 @@ def window_rows(prunable: Tensor, window: int) -> Tensor:
     return (seen & ~prunable).nonzero()[-window:, 0]
 
 
+def reading_rows(prunable: Tensor, spans: Sequence[Span], window: int) -> Tensor:
+    """Indices of the last `window` prunable tokens that are text, or fewer: the context as it is read."""
+    text = prunable.clone()
+    for start, t, h, w in spans:
+        text[start : start + t * h * w] = False
+    return text.nonzero()[-window:, 0]
+
+
 def window_probabilities(q: Tensor, k: Tensor, rows: Tensor, first: int) -> Tensor:
     """Causal attention of the window queries of one KV head.
 
     Args:
-        q: (G, T, D) the group's queries; k: (T, D); rows: (W,) query positions, the first of which is `first`.
+        q: (G, T, D) the group's queries; k: (T, D); rows: (W,) query positions, none before `first`.
 
     Returns:
         (G, W, T) float32 probabilities.
     """
     logits = (q[:, rows].float() * q.shape[-1] ** -0.5) @ k.float().T
-    # Every window query sees what comes before the first of them.
+    # Every window query sees what comes before `first`.
     hidden = torch.arange(first, k.shape[0], device=k.device) > rows[:, None]  # (W, T - first)
     logits[..., first:].masked_fill_(hidden, float("-inf"))
     return logits.softmax(-1)
@@ -78,21 +89,38 @@ def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
     return (jaccard.sum() - queries) / (queries * (queries - 1))
 
 
-def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: HybridConfig) -> LayerProfile:
+def surest(probabilities: Tensor, rows: Tensor, prunable: Tensor, distance: int) -> Tensor:
+    """Largest probability that any query gives to one prunable token at least `distance` before it.
+
+    Args:
+        probabilities: (G, W, T), overwritten. rows: (W,) query positions, at least one.
+
+    Returns:
+        (G,)
+    """
+    far = prunable & (rows[:, None] - torch.arange(len(prunable), device=rows.device) >= distance)
+    return probabilities.masked_fill_(~far, 0.0).amax((1, 2))
+
+
+def profile_layer(
+    q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: HybridConfig, spans: Sequence[Span] = ()
+) -> LayerProfile:
     """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
-    rows = window_rows(prunable, config.window)
+    asking, reading = window_rows(prunable, config.window), reading_rows(prunable, spans, config.window)
+    rows = torch.cat([reading, asking])
+    first = int(rows.min()) if len(rows) else 0
     score, mean, mass, focus, overlap = [], [], [], [], []
-    first = int(rows[0]) if len(rows) else 0
     by_overlap, unknown = config.classifier in BY_OVERLAP, torch.full((), float("nan"), device=k.device)
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
-        p = window_probabilities(group, key, rows, first)  # (G, W, T)
-        if not len(rows):  # no text sees the context: nothing is known, and all scores are 0
-            p = p.new_zeros(p.shape[0], 1, p.shape[2])
+        every = window_probabilities(group, key, rows, first)
+        p = every[:, len(reading) :]  # (G, W, T)
+        if not len(asking):  # no text sees the context: nothing is known, and all scores are 0
+            p = every.new_zeros(len(group), 1, len(prunable))
         score.append(p.amax((0, 1)))
         mean.append(p.mean((0, 1)))
         mass.append(mean[-1][prunable].sum())
         overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share) if by_overlap else unknown)
-        focus.append(p.masked_fill_(~prunable, 0.0).amax(-1).mean())
+        focus.append(surest(every, rows, prunable, config.window).mean() if len(rows) else mass[-1])
     return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, focus, overlap)))
 
 
@@ -107,7 +135,8 @@ class Prefill:
             makes all tokens prunable but the last `config.window`, which are taken for the question.
         config: how to profile.
         on_layer: called after each layer, for progress.
-        spans: where pictures lie among the tokens, for neighbourhoods in two dimensions.
+        spans: where pictures lie among the tokens, for neighbourhoods in two dimensions. What is prunable and in none
+            of them is text.
     """
 
     def __init__(
@@ -139,7 +168,7 @@ class Prefill:
         if layer == 0:
             self._start(q.shape[2], q.device)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.config))
+        self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.config, self.spans))
         if self.on_layer:
             self.on_layer()
         return out

@@ -35,13 +35,16 @@ examples = settings(max_examples=100, deadline=None)
 
 
 @examples
-@given(mask=prompts(200), config=configs, shape=shapes, seed=st.integers(0, 99))
-def test_profile_is_what_dense_attention_says(mask, config, shape, seed):
+@given(mask=prompts(200), config=configs, shape=shapes, pictured=st.booleans(), seed=st.integers(0, 99))
+def test_profile_is_what_dense_attention_says(mask, config, shape, pictured, seed):
     heads, group, dim = shape
     generator = torch.Generator().manual_seed(seed)
     tokens = len(mask)
     q, k, v = (torch.randn(1, n, tokens, dim, generator=generator) for n in (heads * group, heads, heads))
-    prefill = Prefill(mask, config)
+    start = mask.tolist().index(True)
+    length = [*mask[start:].tolist(), False].index(False)
+    spans = [(start, 1, 1, length)] * pictured  # the first run of context is a picture, or text like any other
+    prefill = Prefill(mask, config, spans=spans)
     out = prefill[0](q, k, v)
     weights = (
         (q @ k.repeat_interleave(group, 1).mT * dim**-0.5)
@@ -61,9 +64,13 @@ def test_profile_is_what_dense_attention_says(mask, config, shape, seed):
         torch.testing.assert_close(layer.score, window.amax((1, 2)))
         torch.testing.assert_close(layer.mean_score, window.mean((1, 2)))
         torch.testing.assert_close(layer.context_mass, window[..., prunable].sum(-1).mean((1, 2)))
-        torch.testing.assert_close(layer.focus, window[..., prunable].amax(-1).mean((1, 2)))
     else:
-        assert not layer.score.any() and not layer.context_mass.any() and not layer.focus.any()
+        assert not layer.score.any() and not layer.context_mass.any()
+    text = [t for t in range(tokens) if prunable[t] and not (pictured and start <= t < start + length)]
+    rows = torch.tensor(text[-config.window :] + seen, dtype=torch.long)
+    far = prunable & (rows[:, None] - torch.arange(tokens) >= config.window)  # (W, T)
+    surest = (weights[0][:, rows] * far).view(heads, group, -1)
+    torch.testing.assert_close(layer.focus, surest.amax(-1).mean(1) if len(rows) else torch.zeros(heads))
     if config.classifier in BY_OVERLAP:
         assert ((layer.overlap >= 0) & (layer.overlap <= 1 + 1e-6)).all()
     else:
