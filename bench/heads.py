@@ -1,15 +1,18 @@
 """Which heads need retrieval? Takes it from one KV head at a time and measures what that does to the answers.
 
     python -m bench.heads --model demo --task chain
+    python -m bench.heads --model smollm2 --task program --tokens 2000 --head-profile bench/results/profile-smollm2.json
 
 All heads are dynamic, but one, which is pruned to the same number of pages by what the prompt's text attends to. The KL
-to the full cache that this adds is the head's *need*. Beside it stand the mean ranks that the classifiers give the
-head, and how well they agree: Spearman's correlation, and the share of the total need that falls on the half of the
-heads which the classifier would make dynamic (half, on average, if it knew nothing).
+to the full cache that this adds is the head's *need*; with --head-profile it is what `hybridkv.calibrate` measured on
+sample prompts instead. Beside it stand the mean ranks that the classifiers give the head, and how well they agree:
+Spearman's correlation, and the share of the total need that falls on the heads which the classifier would make dynamic,
+mean over prompts (`dynamic_share` of it, on average, if it knew nothing).
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +22,10 @@ import torch
 from tqdm import tqdm
 
 from bench.judge import Lab, Variant, load_lab, parse_variant
-from bench.tasks import make_case
+from bench.tasks import Case, make_case
 from hybridkv.classify import movement, ranks
+from hybridkv.config import HybridConfig
+from hybridkv.head_profile import HeadProfile
 from hybridkv.plan import Plan, budgeted_plan, static_scores, text_attention
 from hybridkv.profile import Prefill
 
@@ -33,37 +38,43 @@ def spare(kept: tuple[int, int] | None, prefill: Prefill) -> Plan:
     return budgeted_plan(prefill, dynamic, static_scores(prefill))
 
 
-def measure(lab: Lab, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
-    """Need (layers, H) in nats a token, each classifier's mean rank (layers, H), and KL with all heads dynamic."""
-    layers, heads = lab.model.cfg.num_hidden_layers, lab.model.cfg.num_key_value_heads
-    config = replace(parse_variant(args.variant).config, budget=args.budget)
-    every = [None, *np.ndindex(layers, heads)]
+def batches(lab: Lab, args: argparse.Namespace) -> Iterator[list[Case]]:
+    for start in range(0, args.samples, args.batch):
+        indices = range(start, min(start + args.batch, args.samples))
+        yield [make_case(lab.processor, args.task, args.tokens, i) for i in indices]
+
+
+def measure(lab: Lab, config: HybridConfig, args: argparse.Namespace) -> tuple[np.ndarray, float]:
+    """Need (layers, H) in nats a token, and KL with all heads dynamic."""
+    shape = lab.model.cfg.num_hidden_layers, lab.model.cfg.num_key_value_heads
+    every = [None, *np.ndindex(shape)]
     variants = [Variant(str(kept), partial(spare, kept), config) for kept in every]
     kl: list[list[float]] = [[] for _ in every]
-    moved: dict[str, list[torch.Tensor]] = {"focus": [], "ranks": []}
-    starts = range(0, args.samples, args.batch)
-    with tqdm(total=len(every) * len(starts), desc=f"{args.task} {args.tokens}", leave=False, disable=None) as bar:
-        for start in starts:
-            indices = range(start, min(start + args.batch, args.samples))
-            cases = [make_case(lab.processor, args.task, args.tokens, i) for i in indices]
-            for prefill in lab.read(cases, config).prefills:
-                mass, overlap, focus = text_attention(prefill)
-                moved["focus"].append(ranks(focus))
-                moved["ranks"].append(movement(mass, overlap))
+    with tqdm(total=len(every) * -(-args.samples // args.batch), leave=False, disable=None) as bar:
+        for cases in batches(lab, args):
             for into, (_, rows) in zip(kl, lab.measure(cases, variants), strict=True):
                 into += [row["kl"] for row in rows]
                 bar.update()
     mean = np.array([np.mean(values) for values in kl])
-    need = (mean[1:] - mean[0]).reshape(layers, heads)
-    means = {name: torch.stack(each).double().mean(0).numpy() for name, each in moved.items()}
-    return need, means, float(mean[0])
+    return (mean[1:] - mean[0]).reshape(shape), float(mean[0])
 
 
-def agreement(need: np.ndarray, rank: np.ndarray) -> tuple[float, float]:
-    """Spearman's correlation, and the share of the (positive) need in the upper half of the ranking."""
+def rankings(lab: Lab, config: HybridConfig, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The ranks that each classifier gives the heads of each prompt, (N, layers, H)."""
+    found: dict[str, list[np.ndarray]] = {"focus": [], "ranks": []}
+    for cases in batches(lab, args):
+        for prefill in lab.read(cases, config).prefills:
+            mass, overlap, focus = text_attention(prefill)
+            found["focus"].append(ranks(focus).numpy())
+            found["ranks"].append(movement(mass, overlap).numpy())
+    return {name: np.stack(each) for name, each in found.items()}
+
+
+def agreement(need: np.ndarray, rank: np.ndarray, share: float) -> tuple[float, float]:
+    """Spearman's correlation, and the part of the (positive) need on the `share` of the heads that rank highest."""
     a, b = (x.ravel().argsort().argsort() for x in (need, rank))
     positive = need.clip(0).ravel()
-    upper = b >= b.size // 2
+    upper = b >= b.size - round(share * b.size)
     return float(np.corrcoef(a, b)[0, 1]), float(positive[upper].sum() / max(positive.sum(), 1e-12))
 
 
@@ -96,19 +107,29 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="one JSON object")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--head-profile", type=Path, help="take the need from this file instead of measuring it")
     args = parser.parse_args()
-    need, ranks, base = measure(load_lab(args.model, args.device), args)
-    print(f"KL with every head dynamic: {base:.4f}\nneed of each head (layers down, KV heads across):")
-    print("\n".join("  ".join(f"{x:8.4f}" for x in row) for row in need))
-    row = {**vars(args), "need": need.tolist(), "base_kl": base, "classifiers": {}}
-    for name, rank in ranks.items():
-        correlation, covered = agreement(need, rank)
-        print(f"{name}: Spearman {correlation:.2f}; its upper half covers {covered:.0%} of the need")
-        row["classifiers"][name] = {"rank": rank.tolist(), "spearman": correlation, "covered": covered}
+    lab = load_lab(args.model, args.device)
+    config = replace(parse_variant(args.variant).config, budget=args.budget)
+    row = {**vars(args), "classifiers": {}}
+    if args.head_profile:
+        need = HeadProfile.load(args.head_profile).need.numpy()
+    else:
+        need, row["base_kl"] = measure(lab, config, args)
+        print(f"KL with every head dynamic: {row['base_kl']:.4f}\nneed of each head (layers down, KV heads across):")
+        print("\n".join("  ".join(f"{x:8.4f}" for x in line) for line in need))
+    row["need"] = need.tolist()
+    means = {}
+    for name, each in rankings(lab, config, args).items():
+        agreed = np.array([agreement(need, rank, config.dynamic_share) for rank in each])
+        correlation, covered = agreed.mean(0)
+        means[name] = each.mean(0)
+        row["classifiers"][name] = {"rank": means[name].tolist(), "spearman": correlation, "covered": covered}
+        print(f"{name}: Spearman {correlation:.2f}; covers {covered:.0%} of the need with {config.dynamic_share:.0%}")
     if args.out:
         args.out.write_text(json.dumps(row, default=str) + "\n")
     if args.plot:
-        plot(need, ranks, f"{args.model}, {args.task}, {args.tokens} tokens, budget {args.budget:g}", args.plot)
+        plot(need, means, f"{args.model}, {args.task}, {args.tokens} tokens, budget {args.budget:g}", args.plot)
 
 
 if __name__ == "__main__":

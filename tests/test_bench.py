@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,8 +192,20 @@ def test_text_tasks_hold_their_answers(llama):
 
 def test_need_is_found_where_it_was_planted():
     need = np.array([[0.0, 0.5], [0.0, 0.3]])
-    assert heads.agreement(need, np.array([[0, 3], [1, 2]])) == (pytest.approx(1.0), 1.0)
-    assert heads.agreement(need, np.array([[3, 0], [2, 1]]))[1] == 0.0
+    assert heads.agreement(need, np.array([[0, 3], [1, 2]]), 0.5) == (pytest.approx(1.0), 1.0)
+    assert heads.agreement(need, np.array([[3, 0], [2, 1]]), 0.5)[1] == 0.0
+
+
+def test_classifiers_are_held_against_an_offline_profile(tmp_path, monkeypatch, capsys):
+    out, file = tmp_path / "row.json", Path("bench/results/profile-demo.json")
+    command = f"heads --task chain --tokens 256 --samples 2 --head-profile {file} --out {out}"
+    monkeypatch.setattr("sys.argv", command.split())
+    heads.main()
+    row = json.loads(out.read_text())
+    assert row["need"] == json.loads(file.read_text())["need"] and "base_kl" not in row
+    # the model card says so: the heads that chains need rank high by focus, and low by ranks
+    assert row["classifiers"]["focus"]["covered"] > 0.9 > row["classifiers"]["ranks"]["covered"]
+    assert "covers" in capsys.readouterr().out
 
 
 def test_the_observer_prunes_one_head_of_each_variant(model):
