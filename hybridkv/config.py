@@ -42,7 +42,8 @@ class HybridConfig:
         tiles: a picture's chunks are tiles, 4 x 4 tokens for a page of 16, instead of runs of its raster lines.
         sketch_rank: dimensions of the int8 key sketch, a multiple of 4; None takes SKETCH_FLOOR, but at least a quarter
             and at most half of head_dim, rounded up.
-        window: the prompt's last text queries that the profile looks at.
+        window: the prompt's last text queries that the profile looks at, and as many of a context that is text; for
+            `focus` also how many tokens back is far.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
         pool: width of the max-pooling over neighbouring text tokens' scores before static heads are pruned; odd.
