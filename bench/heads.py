@@ -97,7 +97,7 @@ def plot(need: np.ndarray, ranks: dict[str, np.ndarray], title: str, file: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="demo, or a checkpoint folder")
+    parser.add_argument("--model", default="demo", help="as in bench.quality")
     parser.add_argument("--task", default="chain")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--budget", type=float, default=0.1)
