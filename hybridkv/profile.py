@@ -89,19 +89,6 @@ def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
     return (jaccard.sum() - queries) / (queries * (queries - 1))
 
 
-def surest(probabilities: Tensor, rows: Tensor, prunable: Tensor, distance: int) -> Tensor:
-    """Largest probability that any query gives to one prunable token at least `distance` before it.
-
-    Args:
-        probabilities: (G, W, T), overwritten. rows: (W,) query positions, at least one.
-
-    Returns:
-        (G,)
-    """
-    far = prunable & (rows[:, None] - torch.arange(len(prunable), device=rows.device) >= distance)
-    return probabilities.masked_fill_(~far, 0.0).amax((1, 2))
-
-
 def profile_layer(
     q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: HybridConfig, spans: Sequence[Span] = ()
 ) -> LayerProfile:
@@ -109,6 +96,8 @@ def profile_layer(
     asking, reading = window_rows(prunable, config.window), reading_rows(prunable, spans, config.window)
     rows = torch.cat([reading, asking])
     first = int(rows.min()) if len(rows) else 0
+    # A query's own neighbourhood, and what is no context, is nothing that it looks up.
+    near = ~prunable | (rows[:, None] - torch.arange(len(prunable), device=rows.device) < config.window)  # (W, T)
     score, mean, mass, focus, overlap = [], [], [], [], []
     by_overlap, unknown = config.classifier in BY_OVERLAP, torch.full((), float("nan"), device=k.device)
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
@@ -120,7 +109,7 @@ def profile_layer(
         mean.append(p.mean((0, 1)))
         mass.append(mean[-1][prunable].sum())
         overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share) if by_overlap else unknown)
-        focus.append(surest(every, rows, prunable, config.window).mean() if len(rows) else mass[-1])
+        focus.append(every.masked_fill_(near, 0.0).amax((1, 2)).mean() if len(rows) else mass[-1])
     return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, focus, overlap)))
 
 
