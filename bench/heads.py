@@ -38,6 +38,10 @@ def spare(kept: tuple[int, int] | None, prefill: Prefill) -> Plan:
     return budgeted_plan(prefill, dynamic, static_scores(prefill))
 
 
+def head_shape(lab: Lab) -> tuple[int, int]:
+    return lab.model.cfg.num_hidden_layers, lab.model.cfg.num_key_value_heads
+
+
 def batches(lab: Lab, args: argparse.Namespace) -> Iterator[list[Case]]:
     for start in range(0, args.samples, args.batch):
         indices = range(start, min(start + args.batch, args.samples))
@@ -46,7 +50,7 @@ def batches(lab: Lab, args: argparse.Namespace) -> Iterator[list[Case]]:
 
 def measure(lab: Lab, config: HybridConfig, args: argparse.Namespace) -> tuple[np.ndarray, float]:
     """Need (layers, H) in nats a token, and KL with all heads dynamic."""
-    shape = lab.model.cfg.num_hidden_layers, lab.model.cfg.num_key_value_heads
+    shape = head_shape(lab)
     every = [None, *np.ndindex(shape)]
     variants = [Variant(str(kept), partial(spare, kept), config) for kept in every]
     kl: list[list[float]] = [[] for _ in every]
@@ -113,7 +117,7 @@ def main() -> None:
     config = replace(parse_variant(args.variant).config, budget=args.budget)
     row = {**vars(args), "classifiers": {}}
     if args.head_profile:
-        need = HeadProfile.load(args.head_profile).need.numpy()
+        need = HeadProfile.load(args.head_profile, head_shape(lab)).need.numpy()
     else:
         need, row["base_kl"] = measure(lab, config, args)
         print(f"KL with every head dynamic: {row['base_kl']:.4f}\nneed of each head (layers down, KV heads across):")

@@ -197,7 +197,7 @@ def test_need_is_found_where_it_was_planted():
 
 
 def test_classifiers_are_held_against_an_offline_profile(tmp_path, monkeypatch, capsys):
-    out, file = tmp_path / "row.json", Path("bench/results/profile-demo.json")
+    out, file = tmp_path / "row.json", Path(heads.__file__).with_name("results") / "profile-demo.json"
     command = f"heads --task chain --tokens 256 --samples 2 --head-profile {file} --out {out}"
     monkeypatch.setattr("sys.argv", command.split())
     heads.main()
