@@ -11,7 +11,7 @@ class BudgetError(ValueError):
 def split(total: int, weight: Tensor, floor: Tensor, cap: Tensor) -> Tensor:
     """Splits `total` pages in proportion to `weight`, each share between its floor and its cap.
 
-    Finds the level at which clamp(level * weight, floor, cap) sums to `total`, then rounds by largest remainder.
+    Solves for the level at which clamp(level * weight, floor, cap) sums to `total`, then rounds by largest remainder.
 
     Args:
         total: pages; more than the caps hold is not handed out.
@@ -20,19 +20,19 @@ def split(total: int, weight: Tensor, floor: Tensor, cap: Tensor) -> Tensor:
     Returns:
         (N,) int64 that sums to min(total, cap.sum()) exactly.
     """
-    total = min(total, int(cap.sum()))
+    if total >= int(cap.sum()):
+        return cap
     if total < int(floor.sum()):
         raise BudgetError(f"{total} pages can't hold floors of {int(floor.sum())}")
+    if total == int(floor.sum()):
+        return floor
     weight, low, high = weight.double(), floor.double(), cap.double()
-
-    def shares(level: float) -> Tensor:
-        return (level * weight).clamp(min=low, max=high)
-
-    lo, hi = 0.0, float((high / weight).max())
-    for _ in range(100):  # bisection to the last bit of a double
-        level = (lo + hi) / 2
-        lo, hi = (level, hi) if shares(level).sum() < total else (lo, level)
-    exact = shares(hi)
+    # The sum of shares is linear in the level between the points at which one leaves its floor or meets its cap.
+    points = (torch.stack((low, high)) / weight).flatten().sort().values  # (2 N,)
+    sums = (points[:, None] * weight).clamp(min=low, max=high).sum(1)
+    i = int(torch.searchsorted(sums, total))  # not 0: total is above the sum of the floors
+    level = points[i - 1] + (points[i] - points[i - 1]) * (total - sums[i - 1]) / (sums[i] - sums[i - 1])
+    exact = (level * weight).clamp(min=low, max=high)
     pages = exact.floor().long()
     # Shares at their floor or cap are whole, so every share with a remainder has room for one more page.
     remainder = torch.where(pages < cap, exact - pages, -torch.inf)

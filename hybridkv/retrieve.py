@@ -165,13 +165,19 @@ def best_chunks(
 ) -> Tensor:
     """Page numbers of the `count` best chunks of each lane, best first, (L, count); of lanes without chunks, any.
 
-    A compiled step on a CPU loops over the lanes that have chunks: all at once, the others would cost as much. A GPU
-    takes them along: they read one page over and over, and a loop would make it wait for the host.
+    A compiled step on a CPU loops over the lanes that have chunks, and an uncompiled one picks them: the others would
+    cost as much. A compiled GPU takes them along: they read one page over and over, and it would have to wait for the
+    host to hear which ones have any.
 
     Args:
         q: (L, G, D). chunks: (L, C) page numbers, the first n_chunks (L,) are valid. row: (L,) as in the summary.
     """
-    if not (q.is_cpu and torch.compiler.is_compiling()):
+    none = chunks.new_zeros(len(chunks), count)
+    if not torch.compiler.is_compiling():
+        lane = n_chunks.nonzero()[:, 0]
+        mine = [t[lane] for t in (q, chunks, n_chunks, row)]
+        return none.index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
+    if not q.is_cpu:
         return select(summary.scores(q, chunks, n_chunks, row), chunks, count)
     through = (n_chunks > 0).cumsum(0)  # (L,) lanes with chunks up to each
 
@@ -183,7 +189,6 @@ def best_chunks(
         mine = [t.index_select(0, lane) for t in (q, chunks, n_chunks, row)]
         return i + 1, best.index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
 
-    none = chunks.new_zeros(len(chunks), count)
     return while_loop(more, choose, (torch.zeros((), dtype=torch.int64), none))[1]
 
 
