@@ -6,6 +6,7 @@ one partly filled tail page. The pool is shared: keys and values broadcast over 
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -93,10 +94,13 @@ def attend_gathered(
 ) -> Tensor:
     """`attend_pages`, the slow and obvious way: copies each lane's slots together and masks the rest."""
     tail, fill = (t.index_select(0, layer.view(1))[0] for t in (tail, fill))
-    listed = torch.cat((pages, tail[:, None]), dim=1).long()  # (L, P + 1)
-    offset = torch.arange(page_size, device=q.device)
-    slots = (listed[:, :, None] * page_size + offset).flatten(1)  # (L, S)
-    read = (torch.arange(pages.shape[1], device=q.device) < n_pages[:, None])[:, :, None].expand(-1, -1, page_size)
-    mask = torch.cat((read.flatten(1), offset <= fill[:, None]), dim=1)  # (L, S)
-    k, v = keys[0, 0][slots], values[0, 0][slots]  # (L, S, D)
-    return F.scaled_dot_product_attention(q, k[:, None], v[:, None], attn_mask=mask[:, None, None])
+    listed = torch.cat((pages, tail[:, None]), dim=1)  # (L, P + 1)
+    read = torch.arange(pages.shape[1], device=q.device) < n_pages[:, None]  # (L, P)
+    filled = torch.arange(page_size, device=q.device) <= fill[:, None]
+    mask = torch.cat((read.repeat_interleave(page_size, 1), filled), dim=1)  # (L, S)
+
+    def gather(pool: Tensor) -> Tensor:
+        rows = rearrange(pool, "1 1 (n s) d -> n (s d)", s=page_size).index_select(0, listed.flatten())
+        return rearrange(rows, "(l p) (s d) -> l 1 (p s) d", l=len(listed), s=page_size)
+
+    return F.scaled_dot_product_attention(q, gather(keys), gather(values), attn_mask=mask[:, None, None])
