@@ -50,7 +50,7 @@ def batches(lab: Lab, args: argparse.Namespace) -> Iterator[list[Case]]:
 
 def measure(lab: Lab, config: HybridConfig, args: argparse.Namespace) -> tuple[np.ndarray, float]:
     """Need (layers, H) in nats a token, and KL with all heads dynamic."""
-    shape = head_shape(lab)
+    shape, config = head_shape(lab), replace(config, dynamic_weight=1.0)  # or the pruned head would get half the pages
     every = [None, *np.ndindex(shape)]
     variants = [Variant(str(kept), partial(spare, kept), config) for kept in every]
     kl: list[list[float]] = [[] for _ in every]

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from bench.judge import Lab, Variant, load_lab, variants_at
 from bench.records import Records
-from bench.report import plot, table
-from bench.tasks import TEXT_TASKS, bootstrap, make_case
+from bench.report import bootstrap, plot, table
+from bench.tasks import TEXT_TASKS, make_case
 from demo import boards as bd
 from hybridkv.calibrate import NEW_TOKENS, calibrate
 from hybridkv.config import HybridConfig
@@ -47,7 +47,7 @@ def summary(rows: list[dict]) -> dict:
         right = np.array([row["right"] for row in rows], dtype=float)
         out |= {"accuracy": right.mean(), "accuracy_ci": bootstrap(right)}
     kl = np.array([row["kl"] for row in rows])
-    out |= {"kl": kl.mean(), "kl_ci": bootstrap(kl)}
+    out |= {"kl": kl.mean(), "kl_ci": bootstrap(kl), "kl_each": kl.round(6).tolist()}
     costs = ("resident_bytes", "full_bytes", "step_bytes", "attended_tokens", "prompt_tokens", "visual_tokens")
     return out | {key: mean(key) for key in costs}
 

@@ -2,17 +2,27 @@
 
     python -m bench.report bench/results/quality-demo.jsonl --tokens 1024 --budgets 0.1
     python -m bench.report bench/results/quality-demo.jsonl --tasks lookup chain --plot quality.png
+    python -m bench.report bench/results/quality-smollm2.jsonl --tasks copy --budgets 0.1 --against hybridkv
 
 Prints a table for each model and size: a line for each policy and budget, and a column for each task with the share of
-right answers and the KL to the full cache in nats per generated token.
+right answers and the KL to the full cache in nats per generated token. With --against, how much larger the KL is than
+another policy's on the same prompts: prompts differ more than policies, so these intervals are the ones to decide by.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95% interval of the mean over independent contexts. values (N,)"""
+    pick = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[pick].mean(1), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def table(rows: list[dict]) -> str:
@@ -46,8 +56,16 @@ def unique(rows: Sequence[dict], *keys: str) -> list[tuple]:
     return list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
 
 
-def markdown(rows: list[dict], intervals: bool = False) -> str:
-    """See the module. Costs are means over the tasks; `intervals` writes 95% intervals of KL instead of KL alone."""
+def markdown(rows: list[dict], intervals: bool = False, against: Sequence[dict] = ()) -> str:
+    """See the module. Costs are means over the tasks.
+
+    Args:
+        intervals: write 95% intervals of KL instead of KL alone.
+        against: rows of a policy; write how much larger the KL is than theirs.
+
+    Raises:
+        ValueError: rows to be compared do not hold each prompt's KL.
+    """
     blocks = []
     for model, tokens in unique(rows, "model", "tokens"):
         mine = [row for row in rows if (row["model"], row["tokens"]) == (model, tokens)]
@@ -58,7 +76,8 @@ def markdown(rows: list[dict], intervals: bool = False) -> str:
         lines.append("|---" * len(head) + "|")
         for policy, budget in unique(mine, "policy", "budget"):
             found = {(row["task"],): row for row in mine if (row["policy"], row["budget"]) == (policy, budget)}
-            cells = [_cell(found[task], intervals) if task in found else "" for task in tasks]
+            write = partial(_difference, against) if against else partial(_cell, intervals=intervals)
+            cells = [write(found[task]) if task in found else "" for task in tasks]
             for cost in ("resident_bytes", "step_bytes"):
                 cells.append(f"{np.mean([row[cost] / row['full_bytes'] for row in found.values()]):.1%}")
             share = np.mean([row["attended_tokens"] / row["prompt_tokens"] for row in found.values()])
@@ -72,6 +91,18 @@ def _cell(row: dict, intervals: bool) -> str:
     low, high, mean = (round(x, 3) + 0.0 for x in (*row["kl_ci"], row["kl"]))  # + 0.0: no minus before a zero
     kl = f"{low:.3f} to {high:.3f}" if intervals else f"{mean:.3f}"
     return kl if row["accuracy"] is None else f"{row['accuracy']:.0%}, {kl}"
+
+
+def _difference(against: Sequence[dict], row: dict) -> str:
+    """`+0.12 (0.10 to 0.15)`: KL of a row less that of the other policy's row at the same budget, prompt by prompt."""
+    same = ("model", "task", "tokens", "budget", "samples")
+    for other in against:
+        if all(other[key] == row[key] for key in same):
+            if "kl_each" not in row or "kl_each" not in other:
+                raise ValueError(f"not every prompt's KL is in the rows of {row['policy']}: measure them again")
+            more = np.array(row["kl_each"]) - np.array(other["kl_each"])
+            return "{:+.3f} ({:.3f} to {:.3f})".format(more.mean(), *bootstrap(more))
+    return ""
 
 
 def plot(rows: list[dict], file: Path) -> None:
@@ -114,12 +145,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, kind in (("tasks", str), ("tokens", int), ("budgets", float), ("policies", str)):
         add(f"--{name}", type=kind, nargs="+", help="only these")
     add("--intervals", action="store_true", help="95%% intervals of KL instead of KL")
+    help = "how much larger the KL is than that of POLICY at the same budget, on the same prompts"
+    add("--against", metavar="POLICY", help=help)
     add("--plot", type=Path, help="a picture, too")
     args = parser.parse_args(argv)
     try:
         rows = [json.loads(line) for file in args.files for line in file.read_text().splitlines()]
     except (OSError, ValueError) as e:
         parser.error(f"not JSON lines: {e}")
+    against = [row for row in rows if row["policy"] == args.against]
+    if args.against and not against:
+        parser.error(f"there are no rows of {args.against}")
     for key, only in (
         ("task", args.tasks),
         ("tokens", args.tokens),
@@ -129,7 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [row for row in rows if not only or row[key] in only]
     if not rows:
         parser.error("no row is left of what was asked for")
-    print(markdown(rows, args.intervals))
+    try:
+        print(markdown(rows, args.intervals, against))
+    except ValueError as e:
+        parser.error(str(e))
     if args.plot:
         plot(rows, args.plot)
 

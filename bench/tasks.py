@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 from PIL import Image
 
 from demo import boards as bd
@@ -177,10 +176,3 @@ def make_case(processor: Processor, task: str, tokens: int, index: int) -> Case:
     if task in bd.TASKS:
         return board_case(processor, task, tokens, index)
     return text_case(processor, task, tokens, index)
-
-
-def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95% interval of the mean over independent contexts. values (N,)"""
-    pick = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[pick].mean(1), (0.025, 0.975))
-    return float(low), float(high)

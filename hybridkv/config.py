@@ -59,7 +59,7 @@ class HybridConfig:
     dynamic_share: float = 0.25
     threshold: float = 0.9
     head_profile: str | None = None
-    dynamic_weight: float = 1.0
+    dynamic_weight: float = 2.0
     head_weight: str = "uniform"
     retrieval: str = "sketch"
     group: str = "mean"

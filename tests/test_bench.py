@@ -1,6 +1,7 @@
 """The benchmarks of quality and the offline profile, small."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from bench import heads, judge, quality, report
-from bench.tasks import TEXT_TASKS, Case, bootstrap, make_case
+from bench.report import bootstrap
+from bench.tasks import TEXT_TASKS, Case, make_case
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, calibrate
@@ -161,10 +163,29 @@ def test_rows_become_tables(tmp_path, capsys):
     assert picture.stat().st_size > 5000
     report.main([str(file), "--policies", "a", "--tasks", "prose", "--intervals"])
     assert "| `a` | 0.1 | 0.250 to 1.000 |" in capsys.readouterr().out
-    for command, message in (([str(file), "--budgets", "0.3"], "no row is left"), ([str(tmp_path)], "not JSON lines")):
+    wrong = {"--budgets 0.3": "no row is left", "--against c": "no rows of c", "--against a": "measure them again"}
+    for command, message in (
+        *(([str(file), *options.split()], message) for options, message in wrong.items()),
+        ([str(tmp_path)], "not JSON lines"),
+    ):
         with pytest.raises(SystemExit):
             report.main(command)
         assert message in capsys.readouterr().err
+
+
+def test_policies_are_compared_prompt_by_prompt():
+    """Prompts differ by ten nats, the policies by one on each of them: the interval is of the latter."""
+    common = {"model": "m", "task": "t", "tokens": 9, "budget": 0.1, "samples": 20, "full_bytes": 1, "prompt_tokens": 9}
+    common |= {"resident_bytes": 1, "step_bytes": 1, "attended_tokens": 1, "accuracy": None}
+    each = np.linspace(0, 10, 20)
+    noise = np.tile([0.1, -0.1], 10)
+    a, b = ({"policy": name, "kl_each": list(kl)} | common for name, kl in (("a", each), ("b", each + 1 + noise)))
+    (line,) = report.markdown([b], against=[a]).splitlines()[4:]
+    cell = line.split("|")[3]
+    mean, low, high = (float(x) for x in re.findall(r"[\d.]+", cell))
+    assert mean == 1 and 0.93 < low < 1 < high < 1.07
+    assert "| `a` | 0.1 | +0.000 (0.000 to 0.000) |" in report.markdown([a], against=[a])
+    assert "| `b` | 0.2 |  |" in report.markdown([b | {"budget": 0.2}], against=[a])  # nothing to compare
 
 
 def test_intervals_are_over_prompts():
