@@ -117,15 +117,16 @@ def token_scores(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
 def written_out(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
     """`token_scores`, sum by sum, for the compiler.
 
-    Indices are tensors: in a `while_loop`, each slice x[:, 3] would become a call that copies.
+    Indices are tensors: in a `while_loop`, each slice x[:, 3] would become a call that copies. There are hundreds of
+    terms, and compiling takes as long as there are operations: three a term, the indices made once.
     """
 
-    def at(i: int) -> Tensor:
-        return torch.full((1,), i, device=q.device)
-
-    z = [from_words(sketch[chunks, at(w)], j) for w in range(sketch.shape[1]) for j in range(WORD)]  # rank of (L, C, S)
     lane = torch.arange(len(q), device=q.device)
-    heads = [sum(q[lane, at(g), at(r)][:, None, None] * z[r] for r in range(len(z))) for g in range(q.shape[1])]
+    at = [torch.full((1,), i, device=q.device) for i in range(max(q.shape[1:]))]
+    q = q[..., None, None]  # (L, G, rank, 1, 1): a number for every chunk and slot
+    words = [sketch[chunks, at[w]] for w in range(sketch.shape[1])]  # rank / 4 of (L, C, S)
+    z = [from_words(word, j) for word in words for j in range(WORD)]
+    heads = [sum(q[lane, at[g], at[r]] * z[r] for r in range(len(z))) for g in range(q.shape[1])]
     return torch.stack(heads, 1)
 
 
