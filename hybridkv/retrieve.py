@@ -22,6 +22,8 @@ from torch._higher_order_ops.while_loop import while_loop
 from hybridkv.config import WORD, HybridConfig
 from hybridkv.prune import Span
 
+TURN_CHUNKS = 2048  # one turn of the loop over dynamic lanes scores about so many chunks, see `in_turns`
+
 
 def tile_order(prunable: Tensor, spans: Sequence[Span], page_size: int) -> Tensor:
     """The prunable tokens, pictures tile by tile. Keys carry their positions, so any tokens may share a chunk.
@@ -173,24 +175,36 @@ def best_chunks(
     Args:
         q: (L, G, D). chunks: (L, C) page numbers, the first n_chunks (L,) are valid. row: (L,) as in the summary.
     """
-    none = chunks.new_zeros(len(chunks), count)
     if not torch.compiler.is_compiling():
         lane = n_chunks.nonzero()[:, 0]
         mine = [t[lane] for t in (q, chunks, n_chunks, row)]
-        return none.index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
+        return chunks.new_zeros(len(chunks), count).index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
     if not q.is_cpu:
         return select(summary.scores(q, chunks, n_chunks, row), chunks, count)
+    return in_turns(summary, q, chunks, n_chunks, row, count)
+
+
+def in_turns(
+    summary: "KeySketch | KeyBounds | ExactKeys", q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, count: int
+) -> Tensor:
+    """`best_chunks` in a loop, for the compiler: each turn takes one lane, or a few where there are many short ones.
+
+    A turn costs a dozen calls, so several lanes share one; the last is filled up with a lane that is already in it.
+    """
     through = (n_chunks > 0).cumsum(0)  # (L,) lanes with chunks up to each
+    lanes = max(1, min(len(chunks) // 8, TURN_CHUNKS // chunks.shape[1]))
 
     def more(i: Tensor, best: Tensor) -> Tensor:
         return i < through[-1]
 
     def choose(i: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        lane = torch.searchsorted(through, i.view(1) + 1)
+        number = (i + 1 + torch.arange(lanes)).clamp(max=through[-1])  # 1 is the first lane with chunks
+        lane = torch.searchsorted(through, number)
         mine = [t.index_select(0, lane) for t in (q, chunks, n_chunks, row)]
-        return i + 1, best.index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
+        return i + lanes, best.index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
 
-    return while_loop(more, choose, (torch.zeros((), dtype=torch.int64), none))[1]
+    start = torch.zeros((), dtype=torch.int64), chunks.new_zeros(len(chunks), count)
+    return while_loop(more, choose, start)[1]
 
 
 def select(scores: Tensor, chunks: Tensor, count: int) -> Tensor:

@@ -72,33 +72,36 @@ def test_compiled_attention_reads_exactly_the_listed_pages(variant, seed):
 
 
 @functools.cache
-def summary_and_compiled_choice(kind):
-    """Summaries of a store of 16 pages, whose first two lanes have sketches, and `best_chunks` compiled once."""
+def summary_and_compiled_choice(kind, lanes):
+    """Summaries of a store of 37 pages for five lanes with 7 chunks each, and `best_chunks` compiled once a shape."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(2, 7 * 16, DIM, generator=generator)
-    summary = kind(16, 3, DIM, HybridConfig(), keys)
-    pages = [torch.arange(1, 8), torch.arange(8, 15)]
-    summary.pack(keys, [torch.cat((p, torch.tensor([15]))) for p in pages], torch.tensor([1, 2]), 7)
+    keys = torch.randn(5, 7 * 16, DIM, generator=generator)
+    summary = kind(37, 6, DIM, HybridConfig(), keys)
+    pages = [torch.arange(1, 8) + 7 * i for i in range(5)]
+    summary.pack(keys, [torch.cat((p, torch.tensor([36]))) for p in pages], torch.arange(1, 6), 7)
     choose = functools.partial(best_chunks, summary, count=3)
     return summary, torch.compile(choose, fullgraph=True, dynamic=False)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.sampled_from([KeySketch, KeyBounds, ExactKeys]), st.permutations([0, 1, 2, 3]), st.integers(0, 10**6))
-def test_lanes_with_chunks_are_scored_alone_as_all_together(kind, order, seed):
+@settings(max_examples=40, deadline=None)
+@given(
+    # A turn of the loop takes one lane of 5, and three of 24.
+    st.sampled_from([(KeySketch, 5), (KeySketch, 24), (KeyBounds, 24), (ExactKeys, 5)]),
+    st.permutations(range(24)),
+    st.integers(0, 5),
+    st.integers(0, 10**6),
+)
+def test_lanes_with_chunks_are_scored_alone_as_all_together(case, order, dynamic, seed):
     """Some lanes have no chunks, perhaps none has; the others get what scoring all at once says."""
-    summary, compiled = summary_and_compiled_choice(kind)
+    _, lanes = case
+    summary, compiled = summary_and_compiled_choice(*case)
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0, 8, (2,), generator=generator).tolist()
-    chunks, n_chunks, row = (
-        torch.zeros(4, 8, dtype=torch.int32),
-        torch.zeros(4, dtype=torch.int32),
-        torch.zeros(4).int(),
-    )
-    for number, (lane, n) in enumerate(zip(order, counts, strict=False)):
+    chunks, n_chunks, row = (torch.zeros(*shape, dtype=torch.int32) for shape in ((lanes, 8), (lanes,), (lanes,)))
+    for number, lane in enumerate([lane for lane in order if lane < lanes][:dynamic]):
+        n_chunks[lane] = n = int(torch.randint(0, 8, (), generator=generator))
         chunks[lane, :n] = 1 + 7 * number + torch.randperm(7, generator=generator)[:n].int()
-        n_chunks[lane], row[lane] = n, number + 1
-    q = torch.randn(4, 3, DIM, generator=generator)
+        row[lane] = number + 1
+    q = torch.randn(lanes, 3, DIM, generator=generator)
     expected = select(summary.scores(q, chunks, n_chunks, row), chunks, 3)
     for found in (compiled(q, chunks, n_chunks, row), best_chunks(summary, q, chunks, n_chunks, row, 3)):
         for lane, n in enumerate(n_chunks.tolist()):
