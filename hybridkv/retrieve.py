@@ -99,8 +99,8 @@ def sketch_scores(
     Returns:
         (L, C) float32; -1 where there is no chunk.
     """
-    # Scaled before it is projected: what comes out of a matmul is in memory, what follows it would be fused into the loop
-    # over tokens, and done again for each of them.
+    # Scaled before the projection: what follows it would be fused into every term of the loop over tokens, which would
+    # take twice as long to compile.
     basis = basis.float() * (step * q.shape[-1] ** -0.5)[:, None]
     projected = einsum(q.float(), basis, "l g d, l d r -> l g r")
     return chunk_mass(token_scores(projected, sketch, chunks), n_chunks, group)
