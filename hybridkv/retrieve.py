@@ -192,7 +192,8 @@ def in_turns(
 ) -> Tensor:
     """`best_chunks` in a loop, for the compiler: each turn takes one lane, or a few where there are many short ones.
 
-    A turn costs a dozen calls, so several lanes share one; the last is filled up with a lane that is already in it.
+    A turn takes the same calls whatever its lane holds, so short lanes share one. The last turn is filled up with a
+    lane that is already in it: an eighth of all lanes at most share one, so that little is scored twice.
     """
     through = (n_chunks > 0).cumsum(0)  # (L,) lanes with chunks up to each
     lanes = max(1, min(len(chunks) // 8, TURN_CHUNKS // chunks.shape[1]))
