@@ -1,27 +1,42 @@
 """Milliseconds of one layer's attention in a decoding step: append a token, choose pages, attend.
 
     python -m bench.attention --contexts 8192 32768
+    python -m bench.attention --page-sizes 16 64 --kernel-options BLOCK_N=16 BLOCK_N=16,num_stages=3    # on a GPU
 
 Full caches: SDPA with `enable_gqa`, SDPA with the group's query heads as rows, FlexAttention over all pages. Then the
 compressed cache, its retrieval included, and FlexAttention alone over as many pages as it reads. All are compiled and
-run interleaved; a row gives medians.
+run interleaved; a row gives medians. On a GPU a page is read in tiles of BLOCK_N tokens, a divisor of the page size,
+num_stages of them in flight at a time: the compiler's own choice is measured before the options that are asked for.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from bench.common import add_model_arguments, copy_bandwidth, describe, make_model, random_prefill, write_row
 from bench.decode import plain_bytes
+from hybridkv import attention
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine
 from hybridkv.dense import DenseCache
 from model.decoder import Model
+
+
+def kernel_options(text: str) -> dict[str, int]:
+    """`BLOCK_N=16,num_stages=3` as FlexAttention takes it."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name.isidentifier() and number.isdecimal() for name, _, number in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=NUMBER, several with commas between them")
+    return {name: int(number) for name, _, number in pairs}
 
 
 def plain_sdpa(cache: DenseCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,7 +47,7 @@ def plain_sdpa(cache: DenseCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def contenders(
-    model: Model, context: int, batch: int, budgets: Sequence[float], page_size: int = HybridConfig.page_size
+    model: Model, context: int, batch: int, budgets: Sequence[float], page_size: int
 ) -> dict[str, tuple[Callable, int]]:
     """Name to a function of q, k, v and the bytes it must read."""
 
@@ -55,13 +70,13 @@ def contenders(
 
 
 @torch.no_grad()
-def measure(model: Model, context: int, args: argparse.Namespace) -> dict[str, list[float]]:
+def measure(model: Model, context: int, page_size: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds of every call of every contender, and in `bytes` what each must read."""
     cfg, batch = model.cfg, args.batch
     draw = dict(device=model.device, dtype=model.dtype)
     q = torch.randn(batch, cfg.num_attention_heads, 1, cfg.head_dim, **draw)
     k, v = torch.randn(2, batch, cfg.num_key_value_heads, 1, cfg.head_dim, **draw)
-    field = contenders(model, context, batch, args.budgets, args.page_size)
+    field = contenders(model, context, batch, args.budgets, page_size)
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     calls = {name: torch.compile(f, fullgraph=True, dynamic=False, mode=mode) for name, (f, _) in field.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -80,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--contexts", type=int, nargs="+", default=[8192, 32768], help="prompt tokens (default: 8192 32768)")
     add("--batch", type=int, default=1)
     add("--budgets", type=float, nargs="+", default=[0.1], help="of hybridkv (default: 0.1)")
-    add("--page-size", type=int, default=HybridConfig.page_size, help="tokens of a page (default: 16)")
+    add("--page-sizes", type=int, nargs="+", default=[HybridConfig.page_size], help="tokens of a page (default: 16)")
+    add("--kernel-options", type=kernel_options, nargs="+", default=[], help="of FlexAttention, see above")
     add("--repeats", type=int, default=50, help="timed calls of each contender (default: 50)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
@@ -88,9 +104,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.layers = 1
     model = make_model(args)
     about, bandwidth = describe("bench.attention", args, argv), copy_bandwidth(args.device)
-    print(f"{'context':>8} {'attention':>14} {'ms':>9} {'spread':>9} {'MB read':>9} {'roofline':>9} {'speed-up':>9}")
-    for context in args.contexts:
-        times = measure(model, context, args)
+    print(
+        f"{'page':>5} {'context':>8} {'attention':>14} {'ms':>9} {'spread':>9} {'MB read':>9} {'roofline':>9} speed-up"
+    )
+    for options, page_size, context in product([{}, *args.kernel_options], args.page_sizes, args.contexts):
+        if page_size % options.get("BLOCK_N", 1):
+            continue  # no tile may cross into the next page
+        if options:
+            print(", ".join(f"{name} {number}" for name, number in options.items()))
+        torch.compiler.reset()  # what was compiled with other options looks the same
+        with patch.object(attention, "flex_attention", partial(flex_attention, kernel_options=options or None)):
+            times = measure(model, context, page_size, args)
         reads = times.pop("bytes")
         best = min(statistics.median(times[name]) for name in ("sdpa gqa", "sdpa rows"))
         for name, values in times.items():
@@ -99,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "contender": name,
                 "context": context,
                 "batch": args.batch,
-                "page_size": args.page_size,
+                "page_size": page_size,
+                "kernel_options": options,
                 "ms": ms,
                 "ms_spread": high - low,
                 "bytes_read": reads[name],
@@ -107,8 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "speedup_vs_sdpa": best / ms,
             }
             print(
-                f"{context:8d} {name:>14} {ms:9.3f} {high - low:9.3f} {reads[name] / 1e6:9.1f} "
-                f"{row['roofline_share']:9.0%} {row['speedup_vs_sdpa']:8.2f}x",
+                f"{page_size:5d} {context:8d} {name:>14} {ms:9.3f} {high - low:9.3f} {reads[name] / 1e6:9.1f} "
+                f"{row['roofline_share']:9.0%} {row['speedup_vs_sdpa']:7.2f}x",
                 flush=True,
             )
             write_row(args.out, row | about)

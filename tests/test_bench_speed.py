@@ -91,17 +91,27 @@ def test_weights_that_a_step_reads():
 
 
 def test_the_attention_bench_runs_every_contender(tmp_path):
+    """With kernel options in turn; a tile that does not divide the page is left out."""
     out = tmp_path / "rows.jsonl"
-    attention.main(["--contexts", "1024", "--budgets", "0.3", "--repeats", "2", *CPU, "--out", str(out)])
+    options = ["--kernel-options", "BLOCK_N=32", "BLOCK_N=16,num_stages=3"]
+    attention.main(["--contexts", "1024", "--budgets", "0.3", "--repeats", "2", *options, *CPU, "--out", str(out)])
     rows = rows_of(out)
+    assert [row["kernel_options"] for row in rows[::5]] == [{}, {"BLOCK_N": 16, "num_stages": 3}]
+    rows = rows[:5]
     assert [row["contender"] for row in rows] == ["sdpa gqa", "sdpa rows", "flex full", "hybridkv 0.3", "flex 0.3"]
     assert max(row["speedup_vs_sdpa"] for row in rows[:2]) == 1
     assert rows[3]["bytes_read"] <= 0.3 * rows[0]["bytes_read"]
 
 
+def test_bad_kernel_options_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        attention.main(["--kernel-options", "num_stages"])
+    assert "NAME=NUMBER" in capsys.readouterr().err
+
+
 def test_all_full_attentions_of_the_attention_bench_agree():
     model = common.random_model(common.shape_config(1, 2, 3, 16, 48, 64, 128, True))
-    field = attention.contenders(model, 200, 1, [1.0])
+    field = attention.contenders(model, 200, 1, [1.0], 16)
     q, (k, v) = torch.randn(1, 6, 1, 16), torch.randn(2, 1, 2, 1, 16)
     with torch.no_grad():
         rows = field["sdpa rows"][0](q, k, v)  # appends k and v; the others' turn to do so, or to see them

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
 
 from demo.tiny_vlm import config as tiny_config
@@ -13,6 +14,7 @@ from hybridkv.attention import attend_gathered, attend_pages
 from tests.lab import GPU, prompt
 
 pytestmark = GPU
+SPLIT = partial(flex_attention, kernel_options={"BACKEND": "TRITON_DECODE"})  # raises where it can't be used
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,7 @@ def model():
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
 def test_attention_reads_exactly_the_listed_pages(page_size, monkeypatch):
     """Against the gathered twin, G = 7 and head_dim 128, in bfloat16, and by the kernel that splits the keys."""
-    split = partial(flex_attention, kernel_options={"BACKEND": "TRITON_DECODE"})  # raises where it can't be used
-    monkeypatch.setattr(attention, "flex_attention", split)
+    monkeypatch.setattr(attention, "flex_attention", SPLIT)
     generator = torch.Generator().manual_seed(0)
     pool, lanes = 60, 4
     keys, values = (torch.randn(1, 1, pool * page_size, 128, generator=generator).cuda().bfloat16() for _ in range(2))
@@ -42,11 +43,15 @@ def test_attention_reads_exactly_the_listed_pages(page_size, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["hybridkv", "full", "dense"])
-def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy):
+def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy, monkeypatch):
+    """The graphs are in use, and pages are read by the kernel that splits the keys."""
+    monkeypatch.setattr(attention, "flex_attention", SPLIT)
+    counters.clear()
     prompts = [prompt(900, 0), prompt(700, 1)]
     expected = Engine(model, HybridConfig(budget=0.3), policy, compile=False).generate(prompts, 40)
     engine = Engine(model, HybridConfig(budget=0.3), policy)
     assert [r.token_ids for r in engine.generate(prompts, 40)] == [r.token_ids for r in expected]
+    assert counters["inductor"]["cudagraph_skips"] == 0
     with torch.compiler.set_stance("fail_on_recompile"):
         engine.generate([prompt(880, 2), prompt(650, 3)], 40)
 
