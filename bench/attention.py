@@ -77,6 +77,7 @@ def measure(model: Model, context: int, page_size: int, args: argparse.Namespace
     q = torch.randn(batch, cfg.num_attention_heads, 1, cfg.head_dim, **draw)
     k, v = torch.randn(2, batch, cfg.num_key_value_heads, 1, cfg.head_dim, **draw)
     field = contenders(model, context, batch, args.budgets, page_size)
+    field = {name: each for name, each in field.items() if name.startswith(("sdpa", *args.contenders))}
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     calls = {name: torch.compile(f, fullgraph=True, dynamic=False, mode=mode) for name, (f, _) in field.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--budgets", type=float, nargs="+", default=[0.1], help="of hybridkv (default: 0.1)")
     add("--page-sizes", type=int, nargs="+", default=[HybridConfig.page_size], help="tokens of a page (default: 16)")
     add("--kernel-options", type=kernel_options, nargs="+", default=[], help="of FlexAttention, see above")
+    add("--contenders", nargs="+", choices=["flex", "hybridkv"], default=["flex", "hybridkv"], help="beside SDPA")
     add("--repeats", type=int, default=50, help="timed calls of each contender (default: 50)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
@@ -110,8 +112,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for options, page_size, context in product([{}, *args.kernel_options], args.page_sizes, args.contexts):
         if page_size % options.get("BLOCK_N", 1):
             continue  # no tile may cross into the next page
-        if options:
-            print(", ".join(f"{name} {number}" for name, number in options.items()))
         torch.compiler.reset()  # what was compiled with other options looks the same
         with patch.object(attention, "flex_attention", partial(flex_attention, kernel_options=options or None)):
             times = measure(model, context, page_size, args)
@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
             print(
                 f"{page_size:5d} {context:8d} {name:>14} {ms:9.3f} {high - low:9.3f} {reads[name] / 1e6:9.1f} "
-                f"{row['roofline_share']:9.0%} {row['speedup_vs_sdpa']:7.2f}x",
+                f"{row['roofline_share']:9.0%} {row['speedup_vs_sdpa']:7.2f}x  "
+                + ",".join(f"{key}={number}" for key, number in options.items()),
                 flush=True,
             )
             write_row(args.out, row | about)

@@ -26,11 +26,13 @@ step 110 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --c
     --out "$results/decode-cuda.jsonl"
 step 60 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
     --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
-# Pages of 16 to 128 tokens with the compiler's own tiles, then with more or fewer in flight, then with smaller ones.
-step 70 attention python -m bench.attention $shape --contexts 32768 --page-sizes 16 64 32 128 --repeats 20 \
-    --kernel-options num_stages=1 num_stages=3 BLOCK_N=32 BLOCK_N=16 --out "$results/attention-cuda.jsonl"
+step 40 attention python -m bench.attention $shape --contexts 32768 --page-sizes 16 64 --repeats 20 \
+    --out "$results/attention-cuda.jsonl"
+# The compiler's own tiles, then other numbers of them in flight, then smaller ones. Few contenders: each is compiled anew.
+step 40 tiles python -m bench.attention $shape --contexts 32768 --page-sizes 64 --contenders flex --repeats 20 \
+    --kernel-options num_stages=3 BLOCK_N=16 num_stages=1 BLOCK_N=32 --out "$results/attention-cuda.jsonl"
 # A tenth of 32,768 tokens is about 3,277: how much longer does a step take that reads as many of a longer context?
-step 60 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --attended 3277 \
+step 50 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --attended 3277 \
     --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
 step 40 memory python -m bench.memory $shape --contexts 8192 32768 --contenders dense hybridkv "hybridkv ahead" \
     --out "$results/memory-cuda.jsonl"
