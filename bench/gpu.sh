@@ -24,7 +24,7 @@ python -c "import torch; print('torch', torch.__version__)"
 step 80 tests python -m pytest -q -m cuda tests
 step 110 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --contenders dense full hybridkv \
     --out "$results/decode-cuda.jsonl"
-step 60 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
+step 50 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
     --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
 step 40 attention python -m bench.attention $shape --contexts 32768 --page-sizes 16 64 --repeats 20 \
     --out "$results/attention-cuda.jsonl"
