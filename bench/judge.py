@@ -58,7 +58,7 @@ def parse_variant(text: str) -> Variant:
     policy, _, settings = text.partition(":")
     if policy not in POLICIES:
         raise ValueError(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
-    known, given = {f.name for f in fields(HybridConfig)}, {}
+    known, given = {f.name: f.type for f in fields(HybridConfig)}, {}
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
         if key not in known:
@@ -67,6 +67,8 @@ def parse_variant(text: str) -> Variant:
             given[key] = json.loads(value)
         except json.JSONDecodeError:
             given[key] = value
+        if not isinstance(given[key], (float, int) if known[key] is float else known[key]):
+            raise ValueError(f"{setting!r}: {key} takes {getattr(known[key], '__name__', known[key])}")
     config = HybridConfig(strict=False, **given)
     return Variant(text, policy, replace(config, retrieval="bound") if policy == "quest" else config)
 

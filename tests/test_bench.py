@@ -84,9 +84,23 @@ def test_variants_name_policies_and_fields():
     ]
     (variant,) = judge.variants_at("hybridkv:pool=1,budget=0.3,classifier=profile", [0.1], "h.json")
     assert (variant.name, variant.config.head_profile) == ("hybridkv:pool=1,classifier=profile", "h.json")
-    for text, message in (("nothing", "no policy"), ("snapkv:x=1", "no field 'x'"), ("snapkv:pool=2", "pool must")):
-        with pytest.raises(ValueError, match=message):
-            judge.parse_variant(text)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("nothing", "no policy"),
+        ("snapkv:x=1", "no field 'x'"),
+        ("snapkv:pool=2", "pool must"),
+        ("snapkv:pool=wide", "pool takes int"),
+        ("hybridkv:tiles=yes", "tiles takes bool"),
+        ("hybridkv:sketch_rank=high", r"sketch_rank takes int \| None"),
+        ("hybridkv:classifier=1", "classifier takes str"),
+    ],
+)
+def test_variants_that_make_no_sense_say_why(text, message):
+    with pytest.raises(ValueError, match=message):
+        judge.parse_variant(text)
 
 
 def test_the_quality_command_resumes_and_draws(tmp_path, capsys):
