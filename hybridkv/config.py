@@ -46,7 +46,8 @@ class HybridConfig:
             `focus` also how many tokens back is far.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
-        pool: width of the max-pooling over neighbouring text tokens' scores before static heads are pruned; odd.
+        pool: width of the max-pooling over neighbouring text tokens' scores before static heads are pruned; odd, 1 is
+            none.
         pool_side: the same for visual tokens, along both sides of a picture; odd.
         sinks: first tokens of the prompt that every head keeps.
         recent: last tokens of the prompt that every head keeps.
