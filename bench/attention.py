@@ -46,8 +46,11 @@ def plain_sdpa(cache: DenseCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)
 
 
+POLICIES = {"hybridkv": "hybridkv", "flex": "streaming"}  # contender to the policy whose plan it reads
+
+
 def contenders(
-    model: Model, context: int, batch: int, budgets: Sequence[float], page_size: int
+    model: Model, context: int, batch: int, page_size: int, names: Sequence[str], budgets: Sequence[float]
 ) -> dict[str, tuple[Callable, int]]:
     """Name to a function of q, k, v and the bytes it must read."""
 
@@ -56,16 +59,15 @@ def contenders(
         engine.load([random_prefill(model, context, engine.config, b) for b in range(batch)], 8)
         return engine.cache
 
-    dense, full, plain = loaded("dense", 1.0), loaded("full", 1.0), plain_bytes(model, context, batch)
+    dense, plain = loaded("dense", 1.0), plain_bytes(model, context, batch)
     field = {
         "sdpa gqa": (lambda q, k, v: plain_sdpa(dense, q, k, v), plain),
         "sdpa rows": (lambda q, k, v: dense[0](q, k, v), plain),
-        "flex full": (lambda q, k, v: full[0](q, k, v), full.count_bytes().step),
     }
-    for budget in budgets:
-        cache, pruned = loaded("hybridkv", budget), loaded("streaming", budget)
-        field[f"hybridkv {budget:g}"] = (lambda q, k, v, c=cache: c[0](q, k, v), cache.count_bytes().step)
-        field[f"flex {budget:g}"] = (lambda q, k, v, c=pruned: c[0](q, k, v), pruned.count_bytes().step)
+    caches = {"flex full": loaded("full", 1.0)} if "flex" in names else {}
+    caches |= {f"{name} {budget:g}": loaded(POLICIES[name], budget) for budget in budgets for name in names}
+    for name, cache in caches.items():
+        field[name] = (lambda q, k, v, c=cache: c[0](q, k, v), cache.count_bytes().step)
     return field
 
 
@@ -76,8 +78,7 @@ def measure(model: Model, context: int, page_size: int, args: argparse.Namespace
     draw = dict(device=model.device, dtype=model.dtype)
     q = torch.randn(batch, cfg.num_attention_heads, 1, cfg.head_dim, **draw)
     k, v = torch.randn(2, batch, cfg.num_key_value_heads, 1, cfg.head_dim, **draw)
-    field = contenders(model, context, batch, args.budgets, page_size)
-    field = {name: each for name, each in field.items() if name.startswith(("sdpa", *args.contenders))}
+    field = contenders(model, context, batch, page_size, args.contenders, args.budgets)
     mode = "reduce-overhead" if model.device.type == "cuda" else None
     calls = {name: torch.compile(f, fullgraph=True, dynamic=False, mode=mode) for name, (f, _) in field.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--budgets", type=float, nargs="+", default=[0.1], help="of hybridkv (default: 0.1)")
     add("--page-sizes", type=int, nargs="+", default=[HybridConfig.page_size], help="tokens of a page (default: 16)")
     add("--kernel-options", type=kernel_options, nargs="+", default=[], help="of FlexAttention, see above")
-    add("--contenders", nargs="+", choices=["flex", "hybridkv"], default=["flex", "hybridkv"], help="beside SDPA")
+    add("--contenders", nargs="+", choices=POLICIES, default=list(POLICIES), help="beside SDPA")
     add("--repeats", type=int, default=50, help="timed calls of each contender (default: 50)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)

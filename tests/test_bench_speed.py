@@ -111,7 +111,7 @@ def test_bad_kernel_options_are_refused(capsys):
 
 def test_all_full_attentions_of_the_attention_bench_agree():
     model = common.random_model(common.shape_config(1, 2, 3, 16, 48, 64, 128, True))
-    field = attention.contenders(model, 200, 1, [1.0], 16)
+    field = attention.contenders(model, 200, 1, 16, list(attention.POLICIES), [1.0])
     q, (k, v) = torch.randn(1, 6, 1, 16), torch.randn(2, 1, 2, 1, 16)
     with torch.no_grad():
         rows = field["sdpa rows"][0](q, k, v)  # appends k and v; the others' turn to do so, or to see them
