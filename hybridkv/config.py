@@ -46,9 +46,11 @@ class HybridConfig:
             `focus` also how many tokens back is far.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
-        pool: width of the max-pooling over neighbouring text tokens' scores before static heads are pruned; odd, 1 is
-            none.
-        pool_side: the same for visual tokens, along both sides of a picture; odd.
+        pool: text tokens in the neighbourhood whose best score a token may claim instead of its own, before heads are
+            pruned; odd, 1 is none.
+        pool_weight: what a text neighbour's score is worth, in (0, 1]: 1 is plain max-pooling, which policies of the
+            literature use whatever is set here.
+        pool_side: visual tokens along both sides of a picture's neighbourhood, max-pooled; odd.
         sinks: first tokens of the prompt that every head keeps.
         recent: last tokens of the prompt that every head keeps.
     """
@@ -70,6 +72,7 @@ class HybridConfig:
     top_share: float = 0.1
     score: str = "max"
     pool: int = 15
+    pool_weight: float = 0.2
     pool_side: int = 3
     sinks: int = 4
     recent: int = 16
@@ -96,6 +99,7 @@ class HybridConfig:
         for name in ("pool", "pool_side"):
             width = getattr(self, name)
             check(width > 0 and width % 2 == 1, f"{name} must be odd and positive, got {width}")
+        check(0 < self.pool_weight <= 1, f"pool_weight must lie in (0, 1], got {self.pool_weight}")
         check(self.sinks >= 0 and self.recent >= 0, "sinks and recent can't be negative")
 
     def rank(self, head_dim: int) -> int:

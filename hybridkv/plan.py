@@ -171,17 +171,19 @@ def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.stack([getattr(layer, name) for layer in prefill.layers]).cpu() for name in names)
 
 
-def neighbourhood_scores(prefill: Prefill, reduce: str, layers: Sequence[LayerProfile] = ()) -> list[Tensor]:
+def neighbourhood_scores(
+    prefill: Prefill, reduce: str, weight: float, layers: Sequence[LayerProfile] = ()
+) -> list[Tensor]:
     """The `max` or `mean` attention that the prompt's text gives to each token's neighbourhood, (H, T) a layer."""
     config = prefill.config
     scores = (layer.score if reduce == "max" else layer.mean_score for layer in layers or prefill.layers)
     masked = (score.masked_fill(~prefill.prunable, 0.0) for score in scores)
-    return [pooled(score, config.pool, config.pool_side, prefill.spans) for score in masked]
+    return [pooled(score, config.pool, weight, config.pool_side, prefill.spans) for score in masked]
 
 
 def static_scores(prefill: Prefill, layers: Sequence[LayerProfile] = ()) -> list[Tensor]:
     """What each token is worth to a static head, (H, T) a layer; of some layers, or all."""
-    return neighbourhood_scores(prefill, prefill.config.score, layers)
+    return neighbourhood_scores(prefill, prefill.config.score, prefill.config.pool_weight, layers)
 
 
 def budgeted_plan(

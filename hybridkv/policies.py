@@ -31,7 +31,7 @@ def pruned_plan(prefill: Prefill, score: list[Tensor], weight: Tensor | None = N
 
 def window_scores(prefill: Prefill) -> list[Tensor]:
     """SnapKV's scores: attention summed over the window's queries, max-pooled over neighbouring tokens, (H, T) each."""
-    return neighbourhood_scores(prefill, "mean")
+    return neighbourhood_scores(prefill, "mean", weight=1.0)
 
 
 def streaming(prefill: Prefill) -> Plan:

@@ -9,19 +9,22 @@ from torch import Tensor
 Span = tuple[int, int, int, int]  # a picture's or video's tokens in a prompt: the first one, then time, height, width
 
 
-def pooled(score: Tensor, width: int, side: int = 1, spans: Sequence[Span] = ()) -> Tensor:
+def pooled(score: Tensor, width: int, weight: float = 1.0, side: int = 1, spans: Sequence[Span] = ()) -> Tensor:
     """Largest score in each token's neighbourhood: evidence rarely stands on one token.
+
+    In text, neighbours count `weight` times: with 1 whole stretches crowd out tokens that are looked at themselves.
 
     Args:
         score: (H, T), 0 for tokens that do not compete.
         width: neighbouring tokens of text, odd.
+        weight: what a text neighbour's score is worth, at most 1.
         side: neighbouring tokens along both sides of a picture, odd.
         spans: where pictures lie; their raster lines are no neighbours.
 
     Returns:
         (H, T)
     """
-    out = F.max_pool1d(score[:, None], width, stride=1, padding=width // 2)[:, 0]
+    out = F.max_pool1d(score[:, None], width, stride=1, padding=width // 2)[:, 0].mul_(weight).maximum(score)
     for start, t, h, w in spans:
         inside = slice(start, start + t * h * w)
         picture = rearrange(score[:, inside], "n (t h w) -> n t h w", t=t, h=h)

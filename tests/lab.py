@@ -92,6 +92,7 @@ configs = st.builds(
     recent=st.integers(0, 10),
     score=st.sampled_from(["max", "mean"]),
     pool=st.sampled_from([1, 5, 15]),
+    pool_weight=st.sampled_from([0.2, 0.5, 1.0]),
 )
 shapes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 6, 7]), st.sampled_from([8, 16, 32]))  # H, G, D
 

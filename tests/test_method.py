@@ -241,7 +241,7 @@ def test_nothing_to_prune_needs_the_full_cache():
     [
         dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48),
         dict(dynamic_share=1.5), dict(threshold=-1), dict(dynamic_weight=0), dict(sketch_rank=0), dict(sketch_rank=6),
-        dict(window=0), dict(top_share=0), dict(pool=4), dict(pool_side=2), dict(sinks=-1),
+        dict(window=0), dict(top_share=0), dict(pool=4), dict(pool_weight=0), dict(pool_side=2), dict(sinks=-1),
         dict(classifier="guess"), dict(score="sum"), dict(head_weight="none"), dict(retrieval="all"), dict(group="sum"),
     ],
     ids=str,
@@ -269,10 +269,20 @@ def test_kept_tokens_are_those_the_text_points_at_with_their_neighbours():
 
 
 @examples
+@given(st.integers(1, 40), st.sampled_from([1, 3, 15]), st.sampled_from([0.1, 0.5, 1.0]), st.integers(0, 99))
+def test_neighbours_in_text_count_by_their_weight(tokens, width, weight, seed):
+    score = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed))
+    out = pooled(score, width, weight)
+    for head, t in np.ndindex(2, tokens):
+        near = score[head, max(0, t - width // 2) : t + width // 2 + 1]
+        assert out[head, t] == max(score[head, t], weight * near.max())
+
+
+@examples
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 5]), st.integers(0, 99))
 def test_pictures_are_pooled_along_both_sides(t, h, w, side, seed):
     score = torch.rand(2, 5 + t * h * w + 3, generator=torch.Generator().manual_seed(seed))
-    out = pooled(score, 3, side, [(5, t, h, w)])
+    out = pooled(score, 3, side=side, spans=[(5, t, h, w)])
     reach = side // 2
     for head, f, r, c in np.ndindex(2, t, h, w):
         picture = score[head, 5 : 5 + t * h * w].view(t, h, w)[f]

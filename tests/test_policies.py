@@ -90,6 +90,21 @@ def test_lookm_does_not_pool_and_snapkv_does():
     assert 400 in kept(lookm(record), 0, 0) and not {399, 401} & kept(lookm(record), 0, 0)
 
 
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+@pytest.mark.parametrize("name", ["hybridkv", "snapkv", "adakv", "pyramidkv", "sparsemm"])
+def test_neighbours_weigh_less_in_our_static_heads_and_as_much_in_policies_of_the_literature(name, weight):
+    record = prefill(HybridConfig(budget=0.3, pool_weight=weight, head_profile=head_profile(4, 2)))
+    for layer in record.layers:
+        for score in (layer.score, layer.mean_score):
+            score.zero_()
+            score[:, 400] = 1.0
+            score[:, 500:780] = 0.5  # more than the budget holds, and more than a neighbour is worth at 0.3
+    plan = POLICIES[name](record)
+    layer, head = (~plan.dynamic).nonzero()[0].tolist()
+    reach = 0 if name == "hybridkv" and weight == 0.3 else 7
+    assert kept(plan, layer, head) & set(range(380, 420)) == set(range(400 - reach, 401 + reach))
+
+
 def test_pyramidkv_gives_the_first_layers_more():
     pages = pyramidkv(prefill(HybridConfig(budget=0.3))).pages.sum(1)
     assert pages.tolist() == sorted(pages.tolist(), reverse=True) and pages[0] > 3 * pages[-1]
