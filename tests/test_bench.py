@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -84,6 +84,19 @@ def test_variants_name_policies_and_fields():
     ]
     (variant,) = judge.variants_at("hybridkv:pool=1,budget=0.3,classifier=profile", [0.1], "h.json")
     assert (variant.name, variant.config.head_profile) == ("hybridkv:pool=1,classifier=profile", "h.json")
+
+
+@pytest.mark.parametrize("file", ["demo", "smollm2", "qwen"])
+def test_published_rows_are_what_their_commands_would_measure_today(file):
+    """A name means the defaults of its day: when they change, rows take other names or are measured again."""
+    results = Path(quality.__file__).with_name("results") / f"quality-{file}.jsonl"
+    seen = set()
+    for row in map(json.loads, results.read_text().splitlines()):
+        budgets, profile = [row["budget"]], row["config"]["head_profile"]
+        (variant,) = judge.variants_at(row["policy"], budgets, profile)
+        assert variant.name == row["policy"] and json.dumps(asdict(variant.config)) == json.dumps(row["config"])
+        assert (key := quality.row_key(row)) not in seen
+        seen.add(key)
 
 
 @pytest.mark.parametrize(
