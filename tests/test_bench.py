@@ -90,13 +90,12 @@ def test_variants_name_policies_and_fields():
 def test_published_rows_are_what_their_commands_would_measure_today(file):
     """A name means the defaults of its day: when they change, rows take other names or are measured again."""
     results = Path(quality.__file__).with_name("results") / f"quality-{file}.jsonl"
-    seen = set()
-    for row in map(json.loads, results.read_text().splitlines()):
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(rows) == len({quality.row_key(row) for row in rows})
+    for row in rows:
         budgets, profile = [row["budget"]], row["config"]["head_profile"]
         (variant,) = judge.variants_at(row["policy"], budgets, profile)
         assert variant.name == row["policy"] and json.dumps(asdict(variant.config)) == json.dumps(row["config"])
-        assert (key := quality.row_key(row)) not in seen
-        seen.add(key)
 
 
 @pytest.mark.parametrize(
