@@ -24,7 +24,8 @@ def pooled(score: Tensor, width: int, weight: float = 1.0, side: int = 1, spans:
     Returns:
         (H, T)
     """
-    out = F.max_pool1d(score[:, None], width, stride=1, padding=width // 2)[:, 0].mul_(weight).maximum(score)
+    near = F.max_pool1d(score[:, None], width, stride=1, padding=width // 2)[:, 0]
+    out = score.maximum(weight * near)
     for start, t, h, w in spans:
         inside = slice(start, start + t * h * w)
         picture = rearrange(score[:, inside], "n (t h w) -> n t h w", t=t, h=h)

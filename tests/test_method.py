@@ -276,6 +276,7 @@ def test_neighbours_in_text_count_by_their_weight(tokens, width, weight, seed):
     for head, t in np.ndindex(2, tokens):
         near = score[head, max(0, t - width // 2) : t + width // 2 + 1]
         assert out[head, t] == max(score[head, t], weight * near.max())
+    assert torch.equal(score, torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)))  # not written to
 
 
 @examples
