@@ -46,8 +46,8 @@ class HybridConfig:
             `focus` also how many tokens back is far.
         top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
-        pool: text tokens in the neighbourhood whose best score a token may claim instead of its own, before heads are
-            pruned; odd, 1 is none.
+        pool: width of the neighbourhood in text whose best score, times `pool_weight`, a token may claim instead of its
+            own before heads are pruned; odd, 1 is none.
         pool_weight: what a text neighbour's score is worth, in (0, 1]: 1 is plain max-pooling, which policies of the
             literature use whatever is set here.
         pool_side: visual tokens along both sides of a picture's neighbourhood, max-pooled; odd.

@@ -43,7 +43,7 @@ def streaming(prefill: Prefill) -> Plan:
 def snapkv(prefill: Prefill) -> Plan:
     """SnapKV (arXiv 2404.14469): what the prompt's last queries attend to, clustered by pooling; equal shares.
 
-    Pooling follows `config.pool` in text and `config.pool_side` in pictures.
+    Pooling follows `config.pool` in text, at full weight, and `config.pool_side` in pictures.
     """
     return pruned_plan(prefill, window_scores(prefill))
 
