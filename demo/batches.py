@@ -38,7 +38,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Batch:
-    patches: Tensor  # (B * n * N, 1176)
+    pixels: Tensor  # (B * n, H, W, 3) uint8
     grids: list[tuple[int, int, int]]
     prefix: Tensor  # (P,) token ids up to the last picture's end, the same for all samples
     cells: dict[str, Tensor]  # each (B * n * R * C, parts): what the auxiliary heads should name
@@ -51,15 +51,20 @@ class Batch:
     reads: Tensor  # (B, T) what is read there, index into READS
     twin: Tensor  # (P,) place of the same cell on the first board; -1 where there is none
 
+    @property
+    def patches(self) -> Tensor:
+        """What the vision tower reads, (B * n * N, 1176): made where the pixels are, eight times their size."""
+        return patchify(self.pixels)
+
     def to(self, device: str) -> "Batch":
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, cells={k: v.to(device) for k, v in self.cells.items()}, **moved)
 
 
-def patchify(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 to (N, 1176), as the image processor of Qwen2-VL does without resizing."""
-    x = (torch.tensor(pixels).float() / 255 - MEAN) / STD
-    x = rearrange(x, "(r a y) (c b x) k -> (r c a b) k 1 (y x)", a=2, b=2, y=14, x=14)
+def patchify(pixels: Tensor) -> Tensor:
+    """(n, H, W, 3) uint8 to (n * N, 1176), as the image processor of Qwen2-VL does without resizing."""
+    x = (pixels.float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)
+    x = rearrange(x, "n (r a y) (c b x) k -> (n r c a b) k 1 (y x)", a=2, b=2, y=14, x=14)
     return x.expand(-1, -1, 2, -1).flatten(1)
 
 
@@ -122,7 +127,7 @@ def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[st
     task, evidence, reads = torch.zeros_like(position), torch.full((size, room), -1), torch.zeros_like(position)
     for b in range(size):
         boards = bd.make_boards(rng, scene.n, scene.rows, scene.cols, scene.compare)
-        pixels += [patchify(bd.draw(rng, board)) for board in boards]
+        pixels += [torch.from_numpy(bd.draw(rng, board)) for board in boards]
         cells += [cell_targets(board, i) for i, board in enumerate(boards)]
         at = number = 0
         while True:
@@ -146,7 +151,7 @@ def make_batch(rng: np.random.Generator, scene: Scene, size: int, tasks: dict[st
             task[b, at : at + length] = bd.TASKS.index(kind)
             at, number = at + length, number + 1
     return Batch(
-        patches=torch.cat(pixels),
+        pixels=torch.stack(pixels),
         grids=[(1, 2 * scene.rows, 2 * scene.cols)] * (size * scene.n),
         prefix=prefix,
         cells={k: torch.from_numpy(np.concatenate([c[k] for c in cells])) for k in cells[0]},

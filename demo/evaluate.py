@@ -9,7 +9,7 @@ bootstraps over boards.
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +29,14 @@ TOKENS = (64, 256, 1024, 4096)  # visual tokens of a prompt: square boards
 def exact(logits: Tensor, batch: Batch) -> dict[str, tuple[int, int]]:
     """Right answers and answers per task. An answer is right if each of its tokens is the likeliest after the right
     ones before it, which is when greedy decoding gives it."""
-    wrong = torch.zeros_like(batch.labels, dtype=torch.bool)
-    wrong[batch.labels >= 0] = logits.argmax(-1) != batch.labels[batch.labels >= 0]
+    labels, question, tasks = batch.labels.cpu(), batch.question.cpu(), batch.task.cpu()  # not a wait for each question
+    wrong = torch.zeros_like(labels, dtype=torch.bool)
+    wrong[labels >= 0] = logits.argmax(-1).cpu() != labels[labels >= 0]
     counts = {}
-    for b in range(len(batch.ids)):
-        for q in range(int(batch.question[b].max()) + 1):
-            mine = batch.question[b] == q
-            task = bd.TASKS[int(batch.task[b][mine][0])]
+    for b in range(len(question)):
+        for q in range(int(question[b].max()) + 1):
+            mine = question[b] == q
+            task = bd.TASKS[int(tasks[b][mine][0])]
             right, total = counts.get(task, (0, 0))
             counts[task] = (right + int(not wrong[b][mine].any()), total + 1)
     return counts
@@ -62,23 +63,26 @@ def answer_logits(model: Model, batch: Batch) -> Tensor:
     return model.logits(answer_states(model, model.embed_tokens.weight, seen, batch))
 
 
+def unseen(tokens: int, boards: int, split: str, room: int = 640) -> Iterator[Batch]:
+    """`boards` prompts of each kind of scene, with `room` tokens of questions and answers each."""
+    for kind, (scene, tasks) in enumerate(scenes(tokens)):
+        for i in tqdm(range(boards), desc=f"{tokens} tokens", leave=False, disable=None):
+            yield make_batch(bd.rng_for(split, 1_000_000 * tokens + 1000 * kind + i), scene, 1, tasks, room)
+
+
 @torch.no_grad()
-def evaluate(
-    logits: Callable[[Batch], Tensor], tokens: int, boards: int, split: str, device: str, room: int = 640
-) -> list[dict]:
+def evaluate(logits: Callable[[Batch], Tensor], batches: Iterable[Batch], tokens: int, device: str) -> list[dict]:
     """Rows of task, visual tokens, questions, boards, accuracy and its interval.
 
     Args:
         logits: gives (M, vocab) at a batch's M labelled tokens.
-        room: tokens of questions and answers on each board.
+        batches: see `unseen`, of so many visual `tokens`.
     """
     counts: dict[str, list[tuple[int, int]]] = {}
-    for kind, (scene, tasks) in enumerate(scenes(tokens)):
-        for i in tqdm(range(boards), desc=f"{tokens} tokens", leave=False, disable=None):
-            rng = bd.rng_for(split, 1_000_000 * tokens + 1000 * kind + i)
-            batch = make_batch(rng, scene, 1, tasks, room).to(device)
-            for task, count in exact(logits(batch), batch).items():
-                counts.setdefault(task, []).append(count)
+    for batch in batches:
+        batch = batch.to(device)
+        for task, count in exact(logits(batch), batch).items():
+            counts.setdefault(task, []).append(count)
     rows = []
     for task in (t for t in bd.TASKS if t in counts):
         right, total = zip(*counts[task], strict=True)
@@ -119,7 +123,8 @@ def main() -> None:
     model = from_pretrained(args.folder, dtype=torch.float32, device=args.device)
     rows = []
     for tokens in args.tokens:
-        rows += evaluate(partial(answer_logits, model), tokens, args.boards, args.split, args.device)
+        batches = unseen(tokens, args.boards, args.split)
+        rows += evaluate(partial(answer_logits, model), batches, tokens, args.device)
         print(table(rows), flush=True)
     if args.out:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -14,12 +14,14 @@ exported checkpoint:
   head of an earlier layer is told where each cell was before. Without that, kinds of questions that came late stayed
   at guessing for hundreds of steps.
 
-Many questions share one board, hidden from each other by the attention mask.
+Many questions share one board, hidden from each other by the attention mask. What a step sees depends on its number
+alone, so boards can be drawn ahead (--workers), and a run that was cut off goes on as if it had not been.
 """
 
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,11 +32,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from demo import boards as bd
 from demo.batches import COMPARED, SEVERAL, SINGLE, Batch, Scene, make_batch
-from demo.evaluate import evaluate, exact
+from demo.evaluate import evaluate, exact, unseen
 from demo.muon import Muon
 from demo.tiny_vlm import CHAT_TEMPLATE, save_processing
 from demo.trainee import SEEN, SIZES, Trainee, config
@@ -116,7 +119,7 @@ STAGES = [
 ]
 
 MUON_LR, ADAM_LR, WARMUP = 0.02, 2e-3, 20
-SAVE_EVERY, VALIDATE_EVERY = 50, 100
+SAVE_EVERY, VALIDATE_EVERY = 60, 100  # seconds, steps
 LARGEST_BATCH = 32  # samples: prompts of tiny boards are mostly template
 
 
@@ -132,6 +135,28 @@ def draw_scene(rng: np.random.Generator, stage: Stage) -> tuple[Scene, dict[str,
             scene, tasks = Scene(rows, cols), stage.tasks
         if scene.cells <= max(stage.cells, stage.largest):
             return scene, tasks
+
+
+def place(stages: list[Stage], at: int) -> tuple[Stage, int]:
+    """The stage of step `at`, counted from 0 over the whole schedule, and how many of its steps are done then."""
+    for stage in stages:
+        if at < stage.steps:
+            return stage, at
+        at -= stage.steps
+    raise IndexError("the schedule is over")
+
+
+@dataclass(frozen=True)
+class Steps(Dataset):
+    """What each step of a schedule sees: the scene and the batch."""
+
+    stages: list[Stage]
+
+    def __getitem__(self, at: int) -> tuple[Scene, Batch]:
+        stage, rng = place(self.stages, at)[0], bd.rng_for("train", at)
+        scene, tasks = draw_scene(rng, stage)
+        samples = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)
+        return scene, make_batch(rng, scene, samples, tasks, max(stage.room, 24))
 
 
 def optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
@@ -165,19 +190,21 @@ def step(trainee: Trainee, opts: list, batch: Batch, stage: Stage, done: int) ->
         logits, probes = trainee(batch)
         answers = F.cross_entropy(logits, batch.labels[batch.labels >= 0])
     else:
-        logits, answers, probes = None, torch.zeros(()), trainee.see(batch)[1]
+        logits, answers, probes = None, torch.zeros((), device=batch.ids.device), trainee.see(batch)[1]
     told = sum((stage.see if name in SEEN else 1.0) * loss for name, loss in probes.items())
     (answers + stage.probe * told).backward()
     for opt in opts:
         opt.step()
         opt.zero_grad()
-    return answers.item(), {k: v.item() for k, v in probes.items()}, logits
+    loss, *values = torch.stack([answers, *probes.values()]).tolist()  # one wait for the device, not one for each
+    return loss, dict(zip(probes, values, strict=True)), logits
 
 
-def train(folder: Path, size: str, device: str, start: Path | None = None) -> Trainee:
-    """Runs what is left of the schedule. State, log and curve are in `folder`, saved every SAVE_EVERY steps.
+def train(folder: Path, size: str, device: str, start: Path | None = None, workers: int = 0) -> Trainee:
+    """Runs what is left of the schedule. State and log are in `folder`, the state at most SAVE_EVERY seconds old.
 
     Args:
+        workers: processes that draw boards ahead; 0: the step waits for them.
         start: an exported checkpoint to begin the last stage with, if there is no state to go on from. The log of
             earlier stages goes on, if it is there.
     """
@@ -185,7 +212,7 @@ def train(folder: Path, size: str, device: str, start: Path | None = None) -> Tr
     torch.manual_seed(0)
     trainee = Trainee(config(**SIZES[size])).to(device)
     opts, at, seconds = optimizers(trainee), 0, 0.0
-    ends = np.cumsum([stage.steps for stage in STAGES])
+    end = sum(stage.steps for stage in STAGES)
     if (folder / "state.pt").is_file():
         state = torch.load(folder / "state.pt", map_location=device, weights_only=True)
         if state["size"] != size:
@@ -196,39 +223,41 @@ def train(folder: Path, size: str, device: str, start: Path | None = None) -> Tr
         at = state["at"]
     elif start:
         trainee.take(from_pretrained(start, dtype=torch.float32, device=device))
-        at = int(ends[-1]) - STAGES[-1].steps
+        at = end - STAGES[-1].steps
     if (folder / "log.jsonl").is_file():
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         rows = [row for row in rows if row["step"] <= at]  # later steps run again
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         seconds = rows[-1]["seconds"] if rows else 0.0
-    bar = tqdm(total=int(ends[-1]), initial=at, desc="training", smoothing=0.05)
-    while at < ends[-1]:
-        stage = STAGES[int(np.searchsorted(ends, at, side="right"))]
-        done = at - int(ends[STAGES.index(stage)]) + stage.steps
-        began = time.perf_counter()
+    bar = tqdm(total=end, initial=at, desc="training", smoothing=0.05)
+    batches = DataLoader(Steps(STAGES), batch_size=None, sampler=range(at, end), num_workers=workers)
+    validation: dict[int, list[Batch]] = {}
+    began = saved = time.perf_counter()
+    for scene, batch in batches:
+        stage, done = place(STAGES, at)
         if done == 0:
             trainee.sharpen(*stage.sharpen)
             trainee.prefer_near(stage.near)
-        rng = bd.rng_for("train", at)
-        scene, tasks = draw_scene(rng, stage)
-        samples = min(max(1, stage.cells // scene.cells), LARGEST_BATCH if stage.room else stage.cells)
-        batch = make_batch(rng, scene, samples, tasks, max(stage.room, 24)).to(device)
+        batch = batch.to(device)
         loss, probes, logits = step(trainee, opts, batch, stage, done)
-        at, seconds = at + 1, seconds + time.perf_counter() - began
+        now = time.perf_counter()
+        at, seconds, began = at + 1, seconds + now - began, now
         row = {"step": at, "stage": stage.name, "seconds": round(seconds, 1), **asdict(scene), "loss": round(loss, 4)}
         row |= {"probes": {k: round(v, 4) for k, v in probes.items()}}
         if logits is not None:
             row["right"] = exact(logits, batch)
         if stage.room and at % VALIDATE_EVERY == 0:
             tokens = 256 if stage.high < 24 else 1024
-            found = evaluate(lambda batch: trainee(batch)[0], tokens, 4, "validation", device)
+            if tokens not in validation:
+                validation[tokens] = list(unseen(tokens, 4, "validation"))
+            found = evaluate(lambda batch: trainee(batch)[0], validation[tokens], tokens, device)
             row["validation"] = {"visual_tokens": tokens} | {r["task"]: r["accuracy"] for r in found}
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         bar.set_postfix_str(f"{stage.name} loss {loss:.3f}")
         bar.update()
-        if at % SAVE_EVERY == 0 or at == ends[-1] or done == stage.steps - 1:
+        if now > saved + SAVE_EVERY or done == stage.steps - 1:
+            saved = now
             state = {"trainee": trainee.state_dict(), "opts": [o.state_dict() for o in opts]}
             torch.save(state | {"at": at, "size": size}, folder / "state.tmp")
             (folder / "state.tmp").replace(folder / "state.pt")
@@ -281,8 +310,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--start", type=Path, help="an exported checkpoint to begin the last stage with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--workers", type=int, help="processes that draw boards ahead (default: none on a CPU, else all cores but one)"
+    )
     args = parser.parse_args(argv)
-    trainee = train(args.folder, args.size, args.device, args.start)
+    if args.workers is None:
+        args.workers = 0 if args.device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
+    trainee = train(args.folder, args.size, args.device, args.start, args.workers)
     export(trainee, config(**SIZES[args.size]), args.folder / "checkpoint")
     curve(args.folder / "log.jsonl", args.folder / "curve.png")
     print(f"{args.folder}/checkpoint: now python -m demo.evaluate {args.folder}/checkpoint")

@@ -141,7 +141,7 @@ def test_training_sees_what_the_image_processor_makes(processor, plain):
     pixels = bd.draw(rng, board, plain)
     prompt = processor("Follow it.", images=[Image.fromarray(pixels)])
     assert prompt.grids == [(1, 10, 14)]
-    torch.testing.assert_close(patchify(pixels), prompt.patches, rtol=0, atol=1e-6)
+    torch.testing.assert_close(patchify(torch.from_numpy(pixels)[None]), prompt.patches, rtol=0, atol=1e-6)
 
 
 def test_every_glyph_of_every_font_is_drawn_inside_its_patch():

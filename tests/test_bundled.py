@@ -148,7 +148,7 @@ def test_neighbours_are_read_and_those_of_another_board_are_not(bundled, capsys)
         keys = one.cells["key"].view(12, 12, 2)[..., 0] < len(bd.GLYPHS)
         both = keys[:, :-1] & keys[:, 1:] if kind == "right" else keys[:-1] & keys[1:]
         assert (~wrong.isnan()).sum() == both.sum() > 20 and wrong.nanmean() < 0.05
-    for wrong in neighbours.misread(model, replace(one, patches=other.patches), scene).values():
+    for wrong in neighbours.misread(model, replace(one, pixels=other.pixels), scene).values():
         assert wrong.nanmean() > 0.9
     neighbours.main([str(demos.MODEL), "--sides", "8", "--boards", "1"])
     assert "| 8 x 8 | down |" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from demo import boards as bd
 from demo import train
 from demo.batches import COMPARED, IMAGE, READS, SEVERAL, SINGLE, Scene, evidence_of, make_batch
-from demo.evaluate import answer_logits, evaluate, exact, interval, table
+from demo.evaluate import answer_logits, evaluate, exact, interval, table, unseen
 from demo.muon import Muon, orthogonalise
 from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise, twin_surprise
 from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode
@@ -287,7 +287,7 @@ def test_an_answer_counts_only_if_every_token_is_right():
 
 
 def test_evaluation_reads_every_task_on_boards_of_its_own(trainee):
-    rows = evaluate(lambda batch: trainee(batch)[0], 64, 3, "test", "cpu", room=640)
+    rows = evaluate(lambda batch: trainee(batch)[0], unseen(64, 3, "test"), 64, "cpu")
     assert [row["task"] for row in rows] == list(bd.TASKS)
     assert all(row["boards"] <= 3 and row["accuracy"] < 0.5 for row in rows)
     assert table(rows).count("\n") == len(bd.TASKS) + 1
@@ -329,7 +329,6 @@ STAGES = [
 def tiny_run(monkeypatch):
     monkeypatch.setattr(train, "STAGES", STAGES)
     monkeypatch.setattr(train, "SIZES", {"tiny": TINY, "other": TINY})
-    monkeypatch.setattr(train, "SAVE_EVERY", 4)
     with torch.enable_grad():
         yield
 
@@ -351,6 +350,9 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tiny_run, tmp_path, m
     resumed = train.train(tmp_path / "cut", "tiny", "cpu")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    ahead = train.train(tmp_path / "ahead", "tiny", "cpu", workers=2)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, ahead.state_dict()[name]), name
     rows = [json.loads(line) for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     with pytest.raises(SystemExit, match="another folder"):
