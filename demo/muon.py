@@ -37,15 +37,14 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
             for (rows, cols), params in by_shape.items():
-                updates = []
+                momenta, gradients = [], [p.grad for p in params]
                 for p in params:
                     state = self.state[p]
                     if not state:
                         state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(state["momentum"], group["momentum"]))
-                stacked = torch.stack(updates)
-                stacked = orthogonalise(stacked.bfloat16() if stacked.is_cuda else stacked).to(stacked.dtype)
-                scale = group["lr"] * max(1, rows / cols) ** 0.5
-                for p, update in zip(params, stacked.unbind(), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
+                    momenta.append(state["momentum"])
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+                update = orthogonalise(update.bfloat16() if update.is_cuda else update).to(update.dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(params, update.unbind(), alpha=group["lr"] * max(1, rows / cols) ** 0.5)

@@ -52,8 +52,10 @@ def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy, monkeypatch)
     engine = Engine(model, HybridConfig(budget=0.3), policy)
     assert [r.token_ids for r in engine.generate(prompts, 40)] == [r.token_ids for r in expected]
     assert counters["inductor"]["cudagraph_skips"] == 0
+    cache = engine.cache
     with torch.compiler.set_stance("fail_on_recompile"):
-        engine.generate([prompt(880, 2), prompt(650, 3)], 40)
+        engine.generate([prompt(890, 2), prompt(690, 3)], 40)
+    assert engine.cache is cache
 
 
 def test_a_step_neither_waits_nor_allocates(model):
