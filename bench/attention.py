@@ -9,7 +9,8 @@ run interleaved; a row gives medians. On a GPU a page is read in tiles of BLOCK_
 num_stages of them in flight at a time: the compiler's own choice is measured before the options that are asked for.
 
 A GPU would be done with one layer before the host has launched it, and find the next call's cache in its L2: there a
-call is a CUDA graph of several layers, one after the other, and its time is divided by their number.
+call is a CUDA graph of several layers, one after the other, and its time is divided by their number. --kernels says
+which kernels take it.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from types import FunctionType
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.profiler import ProfilerActivity, profile
 
 from bench.common import add_model_arguments, copy_bandwidth, describe, make_model, random_prefill, write_row
 from bench.decode import plain_bytes
@@ -32,7 +33,7 @@ from hybridkv import attention
 from hybridkv.cache import HybridCache
 from hybridkv.config import HybridConfig
 from hybridkv.decode import Engine
-from hybridkv.dense import DenseCache, DenseLayer
+from hybridkv.dense import DenseCache, DenseLayer, attend_heads, attend_rows
 from model.decoder import Model
 
 
@@ -44,12 +45,12 @@ def kernel_options(text: str) -> dict[str, int]:
     return {name: int(number) for name, _, number in pairs}
 
 
-def plain_sdpa(layer: DenseLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What most code does: the query heads as they are, `enable_gqa`. Nothing is appended."""
-    cache = layer.cache()
-    keys, values = (t.view(len(q), cache.heads, cache.slots, -1) for t in (layer.keys, layer.values))
-    mask = torch.arange(cache.slots, device=q.device) <= cache.length[:, None]
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None], enable_gqa=True)
+def sdpa_heads(layer: DenseLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend_heads(q, *layer.append(k, v))
+
+
+def sdpa_rows(layer: DenseLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend_rows(q, *layer.append(k, v))
 
 
 def through_cache(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ def contenders(
     layers = model.cfg.num_hidden_layers
     dense, plain = loaded("dense", 1.0), plain_bytes(model, context, batch)
     field = {
-        "sdpa gqa": (plain_sdpa, dense, plain // layers),
-        "sdpa rows": (through_cache, dense, plain // layers),
+        "sdpa gqa": (sdpa_heads, dense, plain // layers),
+        "sdpa rows": (sdpa_rows, dense, plain // layers),
     }
     caches = {"flex full": loaded("full", 1.0)} if "flex" in names else {}
     caches |= {f"{name} {budget:g}": loaded(POLICIES[name], budget) for budget in budgets for name in names}
@@ -97,9 +98,19 @@ def graphed(run: Callable[[], None]) -> Callable[[], None]:
     return replay
 
 
+def longest(run: Callable[[], None], cuda: bool, layers: int, count: int) -> dict[str, float]:
+    """The `count` kernels, or operators of a CPU, that take most of a call: microseconds a layer."""
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
+        run()
+    spent = {
+        e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / layers for e in record.key_averages()
+    }
+    return dict(sorted(spent.items(), key=lambda item: -item[1])[:count])
+
+
 @torch.no_grad()
-def measure(model: Model, context: int, page_size: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds a layer of every call of every contender, and in `bytes` what each must read."""
+def measure(model: Model, context: int, page_size: int, args: argparse.Namespace) -> dict[str, dict]:
+    """For each contender `times`, milliseconds a layer of every call, `bytes` that it must read, and its `kernels`."""
     cfg, batch, layers = model.cfg, args.batch, range(model.cfg.num_hidden_layers)
     draw = dict(device=model.device, dtype=model.dtype)
     q = torch.randn(batch, cfg.num_attention_heads, 1, cfg.head_dim, **draw)
@@ -114,14 +125,17 @@ def measure(model: Model, context: int, page_size: int, args: argparse.Namespace
                 call(cache[layer], q, k, v)
 
         runs[name] = graphed(run) if q.is_cuda else run
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    found = {name: {"times": [], "bytes": read, "kernels": {}} for name, (_, _, read) in field.items()}
     for i in range(3 + args.repeats):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if i >= 3:
-                times[name].append((time.perf_counter() - start) * 1e3 / len(layers))
-    return times | {"bytes": {name: read for name, (_, _, read) in field.items()}}
+                found[name]["times"].append((time.perf_counter() - start) * 1e3 / len(layers))
+    if args.kernels:
+        for name, run in runs.items():
+            found[name]["kernels"] = longest(run, q.is_cuda, len(layers), args.kernels)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--page-sizes", type=int, nargs="+", default=[HybridConfig.page_size], help="tokens of a page (default: 16)")
     add("--kernel-options", type=kernel_options, nargs="+", default=[], help="of FlexAttention, see above")
     add("--contenders", nargs="+", choices=POLICIES, default=list(POLICIES), help="beside SDPA")
+    add("--kernels", type=int, default=0, help="of each contender, so many of those that take longest (default: none)")
     add("--repeats", type=int, default=50, help="timed calls of each contender (default: 50)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
@@ -148,11 +163,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue  # no tile may cross into the next page
         torch.compiler.reset()  # what was compiled with other options looks the same
         with patch.object(attention, "flex_attention", partial(flex_attention, kernel_options=options or None)):
-            times = measure(model, context, page_size, args)
-        reads = times.pop("bytes")
-        best = min(statistics.median(times[name]) for name in ("sdpa gqa", "sdpa rows"))
-        for name, values in times.items():
-            ms, (low, _, high) = statistics.median(values), statistics.quantiles(values, n=4)
+            found = measure(model, context, page_size, args)
+        best = min(statistics.median(found[name]["times"]) for name in ("sdpa gqa", "sdpa rows"))
+        for name, each in found.items():
+            ms, (low, _, high) = statistics.median(each["times"]), statistics.quantiles(each["times"], n=4)
             row = {
                 "contender": name,
                 "context": context,
@@ -161,16 +175,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "kernel_options": options,
                 "ms": ms,
                 "ms_spread": high - low,
-                "bytes_read": reads[name],
-                "roofline_share": reads[name] / bandwidth * 1e3 / ms,
+                "bytes_read": each["bytes"],
+                "roofline_share": each["bytes"] / bandwidth * 1e3 / ms,
                 "speedup_vs_sdpa": best / ms,
+                "kernels": each["kernels"],
             }
             print(
-                f"{page_size:5d} {context:8d} {name:>14} {ms:9.3f} {high - low:9.3f} {reads[name] / 1e6:9.1f} "
+                f"{page_size:5d} {context:8d} {name:>14} {ms:9.3f} {high - low:9.3f} {each['bytes'] / 1e6:9.1f} "
                 f"{row['roofline_share']:9.0%} {row['speedup_vs_sdpa']:7.2f}x  "
                 + ",".join(f"{key}={number}" for key, number in options.items()),
                 flush=True,
             )
+            for kernel, us in each["kernels"].items():
+                print(f"{us:35.1f} us  {kernel[:90]}", flush=True)
             write_row(args.out, row | about)
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, most important first: the tests, then speed and memory of the 7B's decoder with
-# random weights. Takes eight minutes at most: a step that is not done in its time is cut off, and the next one begins.
-# What is measured is written at once, to bench/results/*-cuda.jsonl or the folder given as the first argument.
+# random weights. Takes a quarter of an hour at most: a step that is not done in its time is cut off, and the next one
+# begins. What is measured is written at once, to bench/results/*-cuda.jsonl or the folder given as the first argument.
+# (Training is a command of its own: python -m demo.train FOLDER.)
 #
 #     bash bench/gpu.sh [FOLDER]
 set -uo pipefail
@@ -21,21 +22,21 @@ step() { # seconds, name, command...
 
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 python -c "import torch; print('torch', torch.__version__)"
-step 80 tests python -m pytest -q -m cuda tests
-step 110 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --contenders dense full hybridkv \
-    --out "$results/decode-cuda.jsonl"
-step 50 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
-    --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
-step 40 attention python -m bench.attention $shape --contexts 32768 --page-sizes 16 64 --repeats 20 \
+step 110 tests python -m pytest -q -m cuda tests
+step 70 attention python -m bench.attention $shape --contexts 32768 --page-sizes 16 64 --repeats 30 --kernels 15 \
     --out "$results/attention-cuda.jsonl"
-# The compiler's own tiles, then other numbers of them in flight, then smaller ones. Few contenders: each is compiled anew.
-step 40 tiles python -m bench.attention $shape --contexts 32768 --page-sizes 64 --contenders flex --repeats 20 \
-    --kernel-options num_stages=3 BLOCK_N=16 num_stages=1 BLOCK_N=32 --out "$results/attention-cuda.jsonl"
-# A tenth of 32,768 tokens is about 3,277: how much longer does a step take that reads as many of a longer context?
-step 50 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --attended 3277 \
-    --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
-step 40 memory python -m bench.memory $shape --contexts 8192 32768 --contenders dense hybridkv "hybridkv ahead" \
+step 180 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --contenders dense full hybridkv \
+    --out "$results/decode-cuda.jsonl"
+step 120 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
+    --contenders dense full hybridkv --out "$results/decode-cuda.jsonl"
+step 60 memory python -m bench.memory $shape --contexts 8192 32768 --contenders dense hybridkv "hybridkv ahead" \
     --out "$results/memory-cuda.jsonl"
-step 25 prefill python -m bench.prefill $shape --contexts 8192 --repeats 3 --out "$results/prefill-cuda.jsonl"
-step 35 transformers python -m bench.decode $shape --contexts 8192 --budgets 0.1 \
+step 40 prefill python -m bench.prefill $shape --contexts 8192 32768 --repeats 3 --out "$results/prefill-cuda.jsonl"
+# A tenth of 32,768 tokens is about 3,277: how much longer does a step take that reads as many of a longer context?
+step 120 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --attended 3277 \
+    --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
+step 80 transformers python -m bench.decode $shape --contexts 8192 --budgets 0.1 \
     --contenders dense transformers hybridkv --out "$results/decode-cuda.jsonl"
+# The compiler's own tiles, then other numbers of them in flight, then smaller ones. Few contenders: each is compiled anew.
+step 60 tiles python -m bench.attention $shape --contexts 32768 --page-sizes 64 --contenders flex --repeats 20 \
+    --kernel-options num_stages=3 BLOCK_N=16 num_stages=1 BLOCK_N=32 --out "$results/attention-cuda.jsonl"

@@ -47,7 +47,12 @@ def attend_pages(
 
     slots = keys.shape[2]
     tails = tail.index_select(0, layer.view(1))[0]  # (L,)
-    lists = tail_apart(pages, n_pages, tails, slots // page_size) if q.is_cpu else tail_first(pages, n_pages, tails)
+    if q.is_cpu:
+        lists = tail_apart(pages, n_pages, tails, slots // page_size)
+    else:
+        # With that many numbers in the pool the kernel counts in int64, and does not compile unless the lists do, too.
+        wide = keys.numel() >= 1 << 31
+        lists = tail_first(*(t.long() if wide else t for t in (pages, n_pages, tails)))
     block_mask = BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=(Q_BLOCK, page_size),

@@ -1,7 +1,8 @@
 """The honest reference for speed: a full cache in plain tensors, read by SDPA, compiled like the rest.
 
-Same interface as `HybridCache`, no pages, no tables. The group's query heads are query rows, which is the fastest way
-to do grouped-query decoding with SDPA.
+Same interface as `HybridCache`, no pages, no tables. Each device gets what is fastest there: on CPUs the group's query
+heads are query rows; on GPUs they stay heads, which takes a nineteenth of the time on an H100 at 32,768 tokens
+(`bench/SPEED.md`).
 """
 
 import weakref
@@ -15,6 +16,18 @@ from hybridkv.pages import bucket
 from hybridkv.profile import Prefill
 
 
+def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """The group's query heads as query rows. q (B, Hq, 1, D); keys, values (B, H, S, D); mask (B, 1, 1, S)."""
+    rows = rearrange(q, "b (h g) 1 d -> b h g d", h=keys.shape[1])
+    out = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    return rearrange(out, "b h g d -> b (h g) 1 d")
+
+
+def attend_heads(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """The query heads as they are, `enable_gqa`, as most code does. Same arguments as `attend_rows`."""
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])
+
+
 class DenseLayer(nn.Module):
     """One layer of the cache: keys and values (1, 1, L * S, D), where lane l owns slots l * S to (l + 1) * S."""
 
@@ -26,6 +39,10 @@ class DenseLayer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Appends one token's k, v (B, H, 1, D) and attends: q (B, Hq, 1, D) -> (B, Hq, 1, D)."""
+        return (attend_rows if q.is_cpu else attend_heads)(q, *self.append(k, v))
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Writes one token's k, v (B, H, 1, D). Returns keys and values (B, H, S, D) and their mask (B, 1, 1, S)."""
         cache = self.cache()
         heads, size, length = cache.heads, cache.slots, cache.length
         lane = torch.arange(k.shape[0] * heads, device=k.device)
@@ -34,9 +51,7 @@ class DenseLayer(nn.Module):
         self.values.index_copy_(2, slots, rearrange(v, "b h 1 d -> 1 1 (b h) d"))
         keys, values = (rearrange(t, "1 1 (b h s) d -> b h s d", h=heads, s=size) for t in (self.keys, self.values))
         mask = torch.arange(size, device=k.device) <= length[:, None]  # (B, S)
-        q = rearrange(q, "b (h g) 1 d -> b h g d", h=heads)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None])
-        return rearrange(out, "b h g d -> b (h g) 1 d")
+        return keys, values, mask[:, None, None]
 
 
 class DenseCache(nn.Module):

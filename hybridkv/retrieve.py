@@ -103,20 +103,23 @@ def sketch_scores(
     # take twice as long to compile.
     basis = basis.float() * (step * q.shape[-1] ** -0.5)[:, None]
     projected = einsum(q.float(), basis, "l g d, l d r -> l g r")
+    if not q.is_cpu and q.dtype != torch.float32:
+        projected = projected.half()  # for a GPU's matrix units; exact for int8, and 8 times finer than bfloat16
     return chunk_mass(token_scores(projected, sketch, chunks), n_chunks, group)
 
 
 def token_scores(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
     """Dot products with the sketches of each lane's tokens: (L, G, rank), as stored, (L, C) -> (L, G, C, page_size).
 
-    Compiled, the sums are written out: one loop loads and unpacks every word once for all query heads of the group, and
-    keeps their sums in registers. Before a matmul it would write four bytes for each one, and read them again.
+    Compiled for a CPU, the sums are written out: one loop loads and unpacks every word once for all query heads of the
+    group, and keeps their sums in registers. Before a matmul it would write four bytes for each one, and read them again.
+    The result is float32; the matmul is done in q's dtype.
     """
-    if not torch.compiler.is_compiling():
-        words = sketch[chunks]  # (L, C, rank / 4, page_size)
-        z = torch.stack([from_words(words, j) for j in range(WORD)], 3)
-        return einsum(q, rearrange(z, "l c w j s -> l (w j) c s"), "l g r, l r c s -> l g c s")
-    return written_out(q, sketch, chunks)
+    if torch.compiler.is_compiling() and q.is_cpu:
+        return written_out(q, sketch, chunks)
+    words = sketch[chunks]  # (L, C, rank / 4, page_size)
+    z = torch.stack([from_words(words, j).to(q.dtype) for j in range(WORD)], 3)
+    return einsum(q, rearrange(z, "l c w j s -> l (w j) c s"), "l g r, l r c s -> l g c s").float()
 
 
 def written_out(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:

@@ -58,6 +58,28 @@ def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy, monkeypatch)
     assert engine.cache is cache
 
 
+def test_a_pool_of_more_numbers_than_int32_counts():
+    """On its last pages, which lie beyond what 32 bits can address."""
+    page_size, last = 16, 8
+    pages = (1 << 31) // (page_size * 128) + last
+    shape = (1, 1, pages * page_size, 128)
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * pages * page_size * 128:
+        pytest.skip("needs 13 GB of the device's memory")
+    keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    owner = torch.arange(last, device="cuda", dtype=torch.int32).flip(0).view(2, 4)
+    n_pages = torch.tensor([3, 1], dtype=torch.int32, device="cuda")
+    tail, fill = owner[None, :, 3].contiguous(), torch.tensor([[0, 9]], dtype=torch.int32, device="cuda")
+    q, layer = torch.randn(2, 1, 7, 128, device="cuda", dtype=torch.bfloat16), torch.tensor(0, device="cuda")
+    there = owner + pages - last
+    out = torch.compile(attend_pages, fullgraph=True, dynamic=False)(
+        q, keys, values, there[:, :3].contiguous(), n_pages, there[None, :, 3].contiguous(), fill, layer, page_size
+    )
+    keys, values = (t[:, :, -last * page_size :].float() for t in (keys, values))
+    exact = attend_gathered(q.float(), keys, values, owner[:, :3].contiguous(), n_pages, tail, fill, layer, page_size)
+    bound = 2 * torch.finfo(torch.bfloat16).eps * float(values.abs().max())
+    torch.testing.assert_close(out.float(), exact, atol=bound, rtol=0)
+
+
 def test_a_step_neither_waits_nor_allocates(model):
     """No synchronisation, and no memory of the size of the pool, in a replayed step."""
     engine = Engine(model, HybridConfig(budget=0.3))

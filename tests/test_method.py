@@ -358,6 +358,12 @@ def test_sums_written_out_are_those_of_the_matmul(lanes, group, chunks, n_words,
     # Sums of `rank` products, each at most 127 |q|, in another order.
     bound = 2 * rank**2 * torch.finfo(torch.float32).eps * 127 * float(q.abs().max())
     torch.testing.assert_close(token_scores(q, sketch, table), written_out(q, sketch, table), atol=bound, rtol=0)
+    # In half precision, as on GPUs: one rounding of a sum of `rank` products.
+    half, rounded = q.half(), q.half().float()
+    bound = rank * torch.finfo(torch.float16).eps * 127 * float(q.abs().max())
+    scores = token_scores(half, sketch, table)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, token_scores(rounded, sketch, table), atol=bound, rtol=0)
 
 
 @examples
