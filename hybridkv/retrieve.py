@@ -112,8 +112,8 @@ def token_scores(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
     """Dot products with the sketches of each lane's tokens: (L, G, rank), as stored, (L, C) -> (L, G, C, page_size).
 
     Compiled for a CPU, the sums are written out: one loop loads and unpacks every word once for all query heads of the
-    group, and keeps their sums in registers. Before a matmul it would write four bytes for each one, and read them again.
-    The result is float32; the matmul is done in q's dtype.
+    group, and keeps their sums in registers. Before a matmul it would write four bytes for each one, and read them
+    again. The matmul is done in q's dtype; the result is float32.
     """
     if torch.compiler.is_compiling() and q.is_cpu:
         return written_out(q, sketch, chunks)
