@@ -200,13 +200,16 @@ def step(trainee: Trainee, opts: list, batch: Batch, stage: Stage, done: int) ->
     return loss, dict(zip(probes, values, strict=True)), logits
 
 
-def train(folder: Path, size: str, device: str, start: Path | None = None, workers: int = 0) -> Trainee:
+def train(
+    folder: Path, size: str, device: str, start: Path | None = None, first: str | None = None, workers: int = 0
+) -> Trainee:
     """Runs what is left of the schedule. State and log are in `folder`, the state at most SAVE_EVERY seconds old.
 
     Args:
+        start: an exported checkpoint to begin with, if there is no state to go on from. The log of earlier stages goes
+            on, if it is there.
+        first: name of the stage that it begins; the last, if not said.
         workers: processes that draw boards ahead; 0: the step waits for them.
-        start: an exported checkpoint to begin the last stage with, if there is no state to go on from. The log of
-            earlier stages goes on, if it is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -223,7 +226,8 @@ def train(folder: Path, size: str, device: str, start: Path | None = None, worke
         at = state["at"]
     elif start:
         trainee.take(from_pretrained(start, dtype=torch.float32, device=device))
-        at = end - STAGES[-1].steps
+        names = [each.name for each in STAGES]
+        at = sum(each.steps for each in STAGES[: names.index(first) if first else -1])
     if (folder / "log.jsonl").is_file():
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         rows = [row for row in rows if row["step"] <= at]  # later steps run again
@@ -308,7 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="state, log, curve and finally the checkpoint; resumes what it finds")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--start", type=Path, help="an exported checkpoint to begin the last stage with")
+    parser.add_argument("--start", type=Path, help="an exported checkpoint to begin a stage with")
+    parser.add_argument("--stage", choices=[stage.name for stage in STAGES], help="which (default: the last)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--workers", type=int, help="processes that draw boards ahead (default: none on a CPU, else all cores but one)"
@@ -316,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
-    trainee = train(args.folder, args.size, args.device, args.start, args.workers)
+    trainee = train(args.folder, args.size, args.device, args.start, args.stage, args.workers)
     export(trainee, config(**SIZES[args.size]), args.folder / "checkpoint")
     curve(args.folder / "log.jsonl", args.folder / "curve.png")
     print(f"{args.folder}/checkpoint: now python -m demo.evaluate {args.folder}/checkpoint")

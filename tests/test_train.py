@@ -370,8 +370,9 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
     assert "python -m demo.evaluate" in capsys.readouterr().out
 
 
-def test_the_last_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypatch):
-    """The log of the stages before goes on; what the embeddings alone are asked may be left out."""
+def test_a_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypatch):
+    """The last, or the one that is named. The log of the stages before goes on; what the embeddings alone are asked may
+    be left out."""
     train.export(train.train(tmp_path / "whole", "tiny", "cpu"), config(**TINY), tmp_path / "checkpoint")
     last = replace(STAGES[1], see=0.0, sharpen=(1.5, 1.2), near=2.0)
     monkeypatch.setattr(train, "STAGES", [STAGES[0], last])
@@ -387,6 +388,8 @@ def test_the_last_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypa
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and sharpened == [(1.5, 1.2), 2.0]
     assert 200 <= rows[2]["seconds"] <= rows[4]["seconds"] < 300
+    train.train(tmp_path / "early", "tiny", "cpu", tmp_path / "checkpoint", "glyphs")
+    assert json.loads((tmp_path / "early/log.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
