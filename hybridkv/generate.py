@@ -21,6 +21,7 @@ needs of the prompt's cache, sketches and tables included. Chunks of dynamic hea
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -270,6 +271,9 @@ def table(rows: list[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
+    warnings.filterwarnings(
+        "ignore", "TensorFloat32", UserWarning
+    )  # the compiler's hint: what float32 there is, is meant
     try:
         cache_config(args)  # before anything is loaded
         Sampling(args.temperature, args.top_p, args.seed)
