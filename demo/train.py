@@ -319,6 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--workers", type=int, help="processes that draw boards ahead (default: none on a CPU, else all cores but one)"
     )
     args = parser.parse_args(argv)
+    if args.stage and not args.start:
+        parser.error("--stage says where a checkpoint begins: name it with --start")
     if args.workers is None:
         args.workers = 0 if args.device == "cpu" else max(1, (os.cpu_count() or 2) - 1)
     trainee = train(args.folder, args.size, args.device, args.start, args.stage, args.workers)

@@ -271,9 +271,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    warnings.filterwarnings(
-        "ignore", "TensorFloat32", UserWarning
-    )  # the compiler's hint: what float32 there is, is meant
+    warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)  # a hint of the compiler's, for GPUs
     try:
         cache_config(args)  # before anything is loaded
         Sampling(args.temperature, args.top_p, args.seed)

@@ -368,6 +368,9 @@ def test_the_command_leaves_a_checkpoint_and_a_curve(tiny_run, tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "validation" in row] == [4]
     assert "python -m demo.evaluate" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path), "--stage", train.STAGES[0].name])
+    assert "--start" in capsys.readouterr().err
 
 
 def test_a_stage_may_begin_with_a_checkpoint(tiny_run, tmp_path, monkeypatch):
