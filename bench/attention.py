@@ -118,6 +118,7 @@ def measure(model: Model, context: int, page_size: int, args: argparse.Namespace
     field = contenders(model, context, batch, page_size, args.contenders, args.budgets)
     runs: dict[str, Callable[[], None]] = {}
     for name, (f, cache, _) in field.items():
+        # A code object of its own for each: Dynamo limits how often one is compiled.
         call = torch.compile(FunctionType(f.__code__.replace(), f.__globals__), fullgraph=True, dynamic=False)
 
         def run(call: Callable = call, cache: HybridCache | DenseCache = cache) -> None:

@@ -50,7 +50,7 @@ def attend_pages(
     if q.is_cpu:
         lists = tail_apart(pages, n_pages, tails, slots // page_size)
     else:
-        # With that many numbers in the pool the kernel counts in int64, and does not compile unless the lists do, too.
+        # With that many numbers in the pool the kernel counts in int64, and does not compile with lists in int32.
         wide = keys.numel() >= 1 << 31
         lists = tail_first(*(t.long() if wide else t for t in (pages, n_pages, tails)))
     block_mask = BlockMask.from_kv_blocks(
