@@ -236,11 +236,15 @@ def _repeats(boards: list[Board]) -> bool:
 
 @cache
 def fonts() -> list[Path | None]:
-    """Font files to vary over: Pillow's own (None), and the DejaVu family where matplotlib brought it."""
+    """Font files to vary over: Pillow's own (None), and the DejaVu family that matplotlib brings.
+
+    Raises:
+        ImportError: without it. With fewer fonts, every board of every seed would be another one.
+    """
     try:
         import matplotlib
-    except ImportError:
-        return [None]
+    except ImportError as error:
+        raise ImportError("boards are drawn in fonts that matplotlib brings: pip install matplotlib") from error
     folder = Path(matplotlib.get_data_path()) / "fonts/ttf"
     styles = ("Sans", "Sans-Bold", "SansMono", "SansMono-Bold", "Serif", "Serif-Bold")
     return [None, *(folder / f"DejaVu{style}.ttf" for style in styles)]

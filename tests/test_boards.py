@@ -3,6 +3,7 @@ against the tokenizer."""
 
 import hashlib
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -142,6 +143,16 @@ def test_training_sees_what_the_image_processor_makes(processor, plain):
     prompt = processor("Follow it.", images=[Image.fromarray(pixels)])
     assert prompt.grids == [(1, 10, 14)]
     torch.testing.assert_close(patchify(torch.from_numpy(pixels)[None]), prompt.patches, rtol=0, atol=1e-6)
+
+
+def test_no_board_is_drawn_in_fewer_fonts_than_others_have(monkeypatch):
+    """Other fonts draw other random numbers: without matplotlib, training would see other boards, and say nothing."""
+    bd.fonts.cache_clear()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rng = bd.rng_for("train", 0)
+    (board,) = bd.make_boards(rng, 1, 3, 3)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        bd.draw(rng, board)
 
 
 def test_every_glyph_of_every_font_is_drawn_inside_its_patch():
