@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,8 +118,7 @@ def ours(
         engine.begin([context] * batch, new_tokens, Sampling(), model.device)
     paged = policy != "dense"
     cache = engine.cache.count_bytes().step if paged else plain_bytes(model, context, batch)
-    name = name or (policy if config.budget == 1 else f"{policy} {config.budget:g}")
-    return Contender(name, config.budget, torch.no_grad()(engine.step), cache)
+    return Contender(name or policy, config.budget, torch.no_grad()(engine.step), cache)
 
 
 def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: int) -> Contender:
@@ -131,21 +131,23 @@ def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: i
 def contenders(model: Model, args: argparse.Namespace, context: int, batch: int) -> list[Contender]:
     sizes = (context, batch, 1 + WARM_UP + args.steps)
     config = HybridConfig(budget=1.0, page_size=args.page_size)
-    field = [ours(model, name, config, *sizes) for name in ("dense", "full") if name in args.contenders]
+    field = [ours(model, "dense", config, *sizes)]
+
+    def paged(name: str, policy: str, make_config: Callable[[], HybridConfig]) -> None:
+        try:
+            field.append(ours(model, policy, make_config(), *sizes, name))
+        except ValueError as e:  # no budget is small or large enough, or the pool too large to read
+            print(f"{batch:5d} {context:8d} {name}: {e}", flush=True)
+
+    if "full" in args.contenders:
+        paged("full", "full", lambda: config)
     kinds = {"transformers": True, "eager": False}
     field += [theirs(model, compiled, *sizes) for name, compiled in kinds.items() if name in args.contenders]
     if "hybridkv" in args.contenders:
         for budget in args.budgets:
-            try:
-                field.append(ours(model, "hybridkv", replace(config, budget=budget), *sizes))
-            except BudgetError:
-                print(f"{batch:5d} {context:8d} hybridkv {budget:g}: too short a context for this budget", flush=True)
+            paged(f"hybridkv {budget:g}", "hybridkv", partial(replace, config, budget=budget))
         for tokens in args.attended:
-            name = f"hybridkv {tokens} tokens"
-            try:
-                field.append(ours(model, "hybridkv", budget_reading(model, config, context, tokens), *sizes, name))
-            except ValueError as e:
-                print(f"{batch:5d} {context:8d} {name}: {e}", flush=True)
+            paged(f"hybridkv {tokens} tokens", "hybridkv", partial(budget_reading, model, config, context, tokens))
     return field
 
 

@@ -11,6 +11,22 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 Q_BLOCK = 128  # query rows a block of the mask stands for; a group is far smaller
+WIDE = 1 << 31  # from so many numbers on, kernels for GPUs count in 64 bits
+
+
+def check_pool(numbers: int, device: torch.device) -> None:
+    """Whether compiled attention can read a pool whose keys are so many numbers.
+
+    Raises:
+        ValueError: it can't. Before torch 2.13, FlexAttention's split kernel stores through pointers that take no
+            64-bit offsets.
+    """
+    if numbers >= WIDE and device.type == "cuda" and torch.__version__ < "2.13":
+        raise ValueError(
+            f"the cache's keys would be {numbers:,} numbers, and compiled attention on a GPU reads fewer than {WIDE:,} "
+            f"with torch {torch.__version__}: use torch 2.13, fewer or shorter prompts, a smaller budget, policy "
+            "'dense', or no compiling"
+        )
 
 
 def attend_pages(
@@ -50,9 +66,8 @@ def attend_pages(
     if q.is_cpu:
         lists = tail_apart(pages, n_pages, tails, slots // page_size)
     else:
-        # With that many numbers in the pool the kernel counts in int64, and does not compile with lists in int32.
-        wide = keys.numel() >= 1 << 31
-        lists = tail_first(*(t.long() if wide else t for t in (pages, n_pages, tails)))
+        # Where the kernel counts in 64 bits it compiles only with counts in int64, and with pages in int32.
+        lists = tail_first(pages, n_pages.long() if keys.numel() >= WIDE else n_pages, tails)
     block_mask = BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=(Q_BLOCK, page_size),

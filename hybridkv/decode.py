@@ -17,6 +17,7 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
+from hybridkv.attention import check_pool
 from hybridkv.cache import CacheBytes, HybridCache
 from hybridkv.config import HybridConfig
 from hybridkv.dense import DenseCache
@@ -206,6 +207,9 @@ class Engine:
         """A paged cache that can hold these plans: the one that is there, or a new one."""
         capacity = Capacity.of(plans, new_tokens)
         if not self.cache or self.cache.batch != len(plans) or not self.cache.capacity.covers(capacity):
+            if self.compile:
+                key = like.layers[0].k
+                check_pool(capacity.n_pages * self.config.page_size * key.shape[-1], key.device)
             self.cache = None  # free the old pool before the new one is made
             self.cache = HybridCache(capacity, len(plans), like)
             self._compile()

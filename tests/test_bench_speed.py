@@ -1,5 +1,6 @@
 """The benchmarks of speed and memory, small: that they measure what they say."""
 
+import argparse
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from bench import attention, common, compile_time, decode, memory, prefill
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import HybridConfig, Prefill, hybrid_plan
+from hybridkv import decode as engine
 
 SMALL = ["--kv-heads", "1", "--group", "2", "--head-dim", "16", "--hidden-size", "32", "--intermediate-size", "32"]
 CPU = [*SMALL, "--device", "cpu"]
@@ -66,6 +68,24 @@ def test_all_full_caches_of_the_decode_bench_take_the_same_steps():
     field += [decode.theirs(model, compiled, *sizes) for compiled in (True, False)]
     tokens = [[each.step().tolist() for _ in range(6)] for each in field]
     assert all(each == tokens[0] for each in tokens) and len({str(step) for step in tokens[0]}) > 3
+
+
+def test_the_decode_bench_says_what_it_leaves_out(capsys, monkeypatch):
+    """Budgets that do not fit, and pools that no kernel reads; the others are measured."""
+    model = common.random_model(common.shape_config(2, 4, 1, 32, 32, 32, 64, True))
+    args = argparse.Namespace(
+        contenders=["dense", "full", "hybridkv"], budgets=[1e-5, 0.3], attended=[5000], steps=1, page_size=16
+    )
+
+    def refuse(numbers, device):
+        if numbers > 2 * 4 * 4000 * 32:  # what the full cache takes
+            raise ValueError("too large a pool")
+
+    monkeypatch.setattr(engine, "check_pool", refuse)
+    assert [each.name for each in decode.contenders(model, args, 4000, 1)] == ["dense", "hybridkv 0.3"]
+    said = capsys.readouterr().out
+    for text in ("full: too large", "hybridkv 1e-05: a budget of 1e-05 can't", "hybridkv 5000 tokens: no budget reads"):
+        assert text in said
 
 
 def test_a_budget_for_a_number_of_attended_tokens():

@@ -58,6 +58,7 @@ def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy, monkeypatch)
     assert engine.cache is cache
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="its kernel does not compile: check_pool says so")
 def test_a_pool_of_more_numbers_than_int32_counts():
     """On its last pages, which lie beyond what 32 bits can address."""
     page_size, last = 16, 8

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.torch_version import TorchVersion
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Engine, HybridCache, HybridConfig, Sampling
+from hybridkv import Engine, HybridCache, HybridConfig, Sampling, decode
+from hybridkv.attention import WIDE, check_pool
 from hybridkv.head_profile import HeadProfile
 from hybridkv.sampling import sample
 from tests.lab import prompt
@@ -195,3 +197,34 @@ def test_nanogpt_example(capsys, monkeypatch):
 
 def hybrid_share(out: str) -> float:
     return float(out.split("hybridkv reads ")[1].split("%")[0])
+
+
+def test_a_pool_too_large_for_an_older_kernel_is_refused(monkeypatch):
+    """On a GPU, from 2**31 numbers on, before torch 2.13; what torch 2.13 does there is in test_cuda.py."""
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    check_pool(WIDE - 1, cuda)
+    check_pool(WIDE, cpu)
+    with pytest.raises(ValueError, match="fewer or shorter prompts"):
+        check_pool(WIDE, cuda)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0+cu130"))
+    check_pool(WIDE, cuda)
+
+
+def test_it_is_refused_before_memory_is_taken(model, monkeypatch):
+    """The engine asks for the pool that it is about to make, if it compiles."""
+    asked = []
+    monkeypatch.setattr(decode, "check_pool", lambda numbers, device: asked.append(numbers))
+    for compile in (False, True):
+        engine = Engine(model, HybridConfig(budget=0.4), compile=compile)
+        engine.load(engine.prefill([prompt(150, 0)])[0], 8)
+        assert asked == [engine.cache.keys.numel()] * compile
+
+    def refuse(numbers, device):
+        raise ValueError("too large")
+
+    monkeypatch.setattr(decode, "check_pool", refuse)
+    cache, prefills = engine.cache, engine.prefill([prompt(900, 0)])[0]
+    with pytest.raises(ValueError, match="too large"):
+        engine.load(prefills, 8)
+    assert engine.cache is cache
