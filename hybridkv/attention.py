@@ -15,10 +15,13 @@ WIDE = 1 << 31  # from so many numbers on, kernels for GPUs count in 64 bits
 
 
 def check_pool(numbers: int, device: torch.device) -> None:
-    """Whether compiled attention can read a pool whose keys are so many numbers.
+    """Refuses a pool that compiled attention can't read.
+
+    Args:
+        numbers: of its keys: slots times head_dim.
 
     Raises:
-        ValueError: it can't. Before torch 2.13, FlexAttention's split kernel stores through pointers that take no
+        ValueError: it is too large. Before torch 2.13, FlexAttention's split kernel stores through pointers that take no
             64-bit offsets.
     """
     if numbers >= WIDE and device.type == "cuda" and torch.__version__ < "2.13":
