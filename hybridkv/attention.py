@@ -21,8 +21,8 @@ def check_pool(numbers: int, device: torch.device) -> None:
         numbers: of its keys: slots times head_dim.
 
     Raises:
-        ValueError: it is too large. Before torch 2.13, FlexAttention's split kernel stores through pointers that take no
-            64-bit offsets.
+        ValueError: it is too large. Before torch 2.13, FlexAttention's split kernel stores through pointers that take
+            no 64-bit offsets.
     """
     if numbers >= WIDE and device.type == "cuda" and torch.__version__ < "2.13":
         raise ValueError(
