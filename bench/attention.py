@@ -30,11 +30,11 @@ from torch.profiler import ProfilerActivity, profile
 from bench.common import add_model_arguments, copy_bandwidth, describe, make_model, random_prefill, write_row
 from bench.decode import plain_bytes
 from hybridkv import attention
-from hybridkv.cache import HybridCache
+from hybridkv.cache.dense import DenseCache, DenseLayer, attend_heads, attend_rows
+from hybridkv.cache.hybrid import HybridCache
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine
-from hybridkv.dense import DenseCache, DenseLayer, attend_heads, attend_rows
-from model.decoder import Model
+from hybridkv.engine import Engine
+from hybridkv.model.decoder import Model
 
 
 def kernel_options(text: str) -> dict[str, int]:

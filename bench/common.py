@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from hybridkv.config import HybridConfig
-from hybridkv.profile import LayerProfile, Prefill
-from model import from_pretrained
-from model.checkpoint import resolve
-from model.config import Config, load_config
-from model.decoder import Model
+from hybridkv.model import from_pretrained
+from hybridkv.model.checkpoint import resolve
+from hybridkv.model.config import Config, load_config
+from hybridkv.model.decoder import Model
+from hybridkv.planning.prefill import LayerProfile, Prefill
 
 QUESTION = 64  # tokens at the end of a random context that every head keeps
 COPY_BYTES = 1 << 28  # far above any cache

@@ -41,11 +41,11 @@ from bench.common import (
     write_row,
 )
 from bench.peers import transformers_decode
-from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine, Sampling
-from hybridkv.plan import hybrid_plan
-from model.decoder import Model
+from hybridkv.engine import Engine, Sampling
+from hybridkv.model.decoder import Model
+from hybridkv.planning.budget import BudgetError
+from hybridkv.planning.plan import hybrid_plan
 
 COLUMNS = ("ms/step", "spread", "tokens/s", "MB read", "GB/s", "roofline", "speed-up", "at most", "compile s")
 CONTENDERS = ("dense", "full", "transformers", "hybridkv", "eager")

@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from bench.judge import Lab, Variant, load_lab, parse_variant
 from bench.tasks import Case, make_case
-from hybridkv.classify import movement, ranks
 from hybridkv.config import HybridConfig
-from hybridkv.head_profile import HeadProfile
-from hybridkv.plan import Plan, budgeted_plan, static_scores, text_attention
-from hybridkv.profile import Prefill
+from hybridkv.planning.classify import movement, ranks
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import Plan, budgeted_plan, static_scores, text_attention
+from hybridkv.planning.prefill import Prefill
 
 
 def spare(kept: tuple[int, int] | None, prefill: Prefill) -> Plan:

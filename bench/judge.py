@@ -10,12 +10,12 @@ from torch import Tensor
 from bench.real_models import REAL, fetch
 from bench.tasks import Case
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine
 from hybridkv.demos import MODEL
-from hybridkv.policies import POLICIES
-from hybridkv.profile import Prefill
+from hybridkv.engine import Engine
+from hybridkv.model import Model, Processor, from_pretrained
+from hybridkv.planning.policies import POLICIES
+from hybridkv.planning.prefill import Prefill
 from hybridkv.sampling import Sampling
-from model import Model, Processor, from_pretrained
 
 PROFILED = ("window", "top_share", "sinks", "recent")  # fields that the prefill itself depends on
 

@@ -28,9 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import QUESTION, add_model_arguments, describe, make_model, write_row
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine, Sampling
-from hybridkv.head_profile import HeadProfile
-from model.decoder import Model
+from hybridkv.engine import Engine, Sampling
+from hybridkv.model.decoder import Model
+from hybridkv.planning.head_profile import HeadProfile
 
 CONTENDERS = ("dense", "full", "hybridkv", "hybridkv ahead")
 WARM_UP = 3  # steps before one is measured

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from bench.common import QUESTION, add_model_arguments, describe, make_model, write_row
-from hybridkv.budget import BudgetError
+from hybridkv.cache.dense import DenseCache
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine
-from hybridkv.dense import DenseCache
-from hybridkv.policies import POLICIES
-from hybridkv.profile import LayerProfile, Prefill
-from model.decoder import Model, causal_attention
+from hybridkv.engine import Engine
+from hybridkv.model.decoder import Model, causal_attention
+from hybridkv.planning.budget import BudgetError
+from hybridkv.planning.policies import POLICIES
+from hybridkv.planning.prefill import LayerProfile, Prefill
 
 MS = 1e3
 

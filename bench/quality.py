@@ -30,8 +30,8 @@ from bench.tasks import TEXT_TASKS, make_case
 from demo import boards as bd
 from hybridkv.calibrate import NEW_TOKENS, calibrate
 from hybridkv.config import HybridConfig
-from hybridkv.head_profile import HeadProfile
-from model import CheckpointError, InputError
+from hybridkv.model import CheckpointError, InputError
+from hybridkv.planning.head_profile import HeadProfile
 
 CALIBRATION = (5000, 5001)  # samples that head profiles are measured on; runs have fewer
 

@@ -125,7 +125,7 @@ def check(folder: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model import from_pretrained
+    from hybridkv.model import from_pretrained
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("The harbour master wrote down every ship:\n\n    def count(ships):", return_tensors="pt").input_ids

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from demo import boards as bd
-from model import Processor, Prompt
+from hybridkv.model import Processor, Prompt
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from demo import boards as bd
 from demo.batches import COMPARED, SINGLE, Batch, Scene, make_batch
 from demo.trainee import answer_states
-from model import Model, from_pretrained
+from hybridkv.model import Model, from_pretrained
 
 TOKENS = (64, 256, 1024, 4096)  # visual tokens of a prompt: square boards
 

@@ -19,7 +19,7 @@ from demo import boards as bd
 from demo.batches import IMAGE, READS, Batch, Scene, make_batch
 from demo.trainee import RETRIEVES, answer_states, reading_heads
 from demo.vocabulary import KEY_TOKENS
-from model import Model, from_pretrained
+from hybridkv.model import Model, from_pretrained
 
 KINDS = ("right", "down")
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from model.config import parse_config
-from model.decoder import Model
+from hybridkv.model.config import parse_config
+from hybridkv.model.decoder import Model
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]

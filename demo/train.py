@@ -42,7 +42,7 @@ from demo.muon import Muon
 from demo.tiny_vlm import CHAT_TEMPLATE, save_processing
 from demo.trainee import SEEN, SIZES, Trainee, config
 from demo.vocabulary import VOCABULARY, WORD
-from model import from_pretrained
+from hybridkv.model import from_pretrained
 
 
 @dataclass(frozen=True)

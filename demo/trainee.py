@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from demo import boards as bd
 from demo.batches import END_OF_TURN, IMAGE, READS, Batch
 from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode, token_id
-from model.config import parse_config
-from model.decoder import Model
-from model.rope import prompt_positions
+from hybridkv.model.config import parse_config
+from hybridkv.model.decoder import Model
+from hybridkv.model.rope import prompt_positions
 
 RETRIEVES = 3  # the layer whose heads, one of each group and the last, are told where the evidence lies
 TWINS = 1  # the layer whose last head is told, on a board that is shown again, where each cell was the first time

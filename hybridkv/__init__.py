@@ -4,14 +4,14 @@ The method, in the order in which data flows: `profile`, `classify`, `budget`, `
 `policies`, `pages`, `pack`, `attention`, `cache`, `decode`.
 """
 
-from hybridkv.budget import BudgetError
-from hybridkv.cache import CacheBytes, HybridCache
+from hybridkv.cache.capacity import Capacity
+from hybridkv.cache.dense import DenseCache
+from hybridkv.cache.hybrid import CacheBytes, HybridCache
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine, Result, Stats
-from hybridkv.dense import DenseCache
-from hybridkv.pages import Capacity
-from hybridkv.plan import Plan, full_plan, hybrid_plan
-from hybridkv.profile import Prefill
+from hybridkv.engine import Engine, Result, Stats
+from hybridkv.planning.budget import BudgetError
+from hybridkv.planning.plan import Plan, full_plan, hybrid_plan
+from hybridkv.planning.prefill import Prefill
 from hybridkv.sampling import Sampling
 
 __all__ = [

@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from hybridkv import demos
 from hybridkv.config import HybridConfig
-from hybridkv.head_profile import HeadProfile
-from hybridkv.plan import budgeted_plan, static_scores
-from hybridkv.profile import Prefill
-from model import CheckpointError, InputError, Model, Processor, Prompt, from_pretrained
+from hybridkv.model import CheckpointError, InputError, Model, Processor, Prompt, from_pretrained
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import budgeted_plan, static_scores
+from hybridkv.planning.prefill import Prefill
 
 NEW_TOKENS = 32  # of an answer that are looked at
 

@@ -29,12 +29,12 @@ import torch
 from tqdm import tqdm
 
 from hybridkv import demos
-from hybridkv.budget import BudgetError
 from hybridkv.config import HybridConfig
-from hybridkv.decode import Engine, Stats
-from hybridkv.policies import POLICIES
+from hybridkv.engine import Engine, Stats
+from hybridkv.model import CheckpointError, InputError, Model, Processor, Prompt, from_pretrained
+from hybridkv.planning.budget import BudgetError
+from hybridkv.planning.policies import POLICIES
 from hybridkv.sampling import Sampling
-from model import CheckpointError, InputError, Model, Processor, Prompt, from_pretrained
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from model.config import CheckpointError, load_config, read_json
-from model.decoder import Model
+from hybridkv.model.config import CheckpointError, load_config, read_json
+from hybridkv.model.decoder import Model
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]

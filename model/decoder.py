@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.config import Config
-from model.rope import inverse_frequencies, prompt_positions, rotate, rotation
-from model.vision import VisionTower
+from hybridkv.model.config import Config
+from hybridkv.model.rope import inverse_frequencies, prompt_positions, rotate, rotation
+from hybridkv.model.vision import VisionTower
 
 LayerKV = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Prompt(Protocol):
-    """What the model reads; `model.processing.Processor` makes one."""
+    """What the model reads; `hybridkv.model.processing.Processor` makes one."""
 
     input_ids: Tensor  # (T,) placeholders expanded
     patches: Tensor | None  # (N, patch_dim) of all images and videos, in the order of the prompt

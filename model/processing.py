@@ -15,8 +15,8 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from model.checkpoint import resolve
-from model.config import CheckpointError, Config, load_config, read_json
+from hybridkv.model.checkpoint import resolve
+from hybridkv.model.config import CheckpointError, Config, load_config, read_json
 
 Picture = str | Path | Image.Image
 Video = str | Path | Sequence[Picture]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.config import VisionConfig
-from model.rope import inverse_frequencies, rotate
+from hybridkv.model.config import VisionConfig
+from hybridkv.model.rope import inverse_frequencies, rotate
 
 RunGroups = list[Tensor]  # each (n_runs, run_length): the rows of all attention runs of one length
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
-from hybridkv.head_profile import HeadProfile
-from hybridkv.pack import lane_tokens
-from model import Prompt
+from hybridkv.cache.pack import lane_tokens
+from hybridkv.model import Prompt
+from hybridkv.planning.head_profile import HeadProfile
 
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

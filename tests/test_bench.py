@@ -16,9 +16,9 @@ from bench.tasks import TEXT_TASKS, Case, make_case
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, calibrate
-from hybridkv.head_profile import HeadProfile
-from hybridkv.plan import Plan, budgeted_plan, static_scores
-from model import Processor
+from hybridkv.model import Processor
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import Plan, budgeted_plan, static_scores
 from tests.lab import prompt
 
 # bench.quality

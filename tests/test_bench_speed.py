@@ -9,8 +9,7 @@ import torch
 from bench import attention, common, compile_time, decode, memory, prefill
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import HybridConfig, Prefill, hybrid_plan
-from hybridkv import decode as engine
+from hybridkv import HybridConfig, Prefill, engine, hybrid_plan
 
 SMALL = ["--kv-heads", "1", "--group", "2", "--head-dim", "16", "--hidden-size", "32", "--intermediate-size", "32"]
 CPU = [*SMALL, "--device", "cpu"]

@@ -17,8 +17,8 @@ from demo import boards as bd
 from demo.batches import patchify
 from demo.trainee import SIZES, config
 from demo.vocabulary import KEY_TOKENS, VOCABULARY, WORD, encode
-from model.config import parse_config
-from model.processing import Processor
+from hybridkv.model.config import parse_config
+from hybridkv.model.processing import Processor
 
 
 def make(seed: int, task: str, rows: int, cols: int, n: int) -> tuple[list[bd.Board], bd.Question]:

@@ -14,7 +14,7 @@ from demo import boards as bd
 from demo import neighbours
 from demo.batches import Scene, make_batch
 from hybridkv import Engine, HybridConfig, demos
-from model import Processor, from_pretrained
+from hybridkv.model import Processor, from_pretrained
 from tests.test_parity import TOLERANCE, ours, reference_inputs
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,8 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
-from hybridkv.pages import bucket
-from hybridkv.retrieve import encode, from_words
+from hybridkv.cache.capacity import bucket
+from hybridkv.cache.retrieve import encode, from_words
 from tests.lab import Bench, attention, check, configs, kinds, plan_or_none, prompts, random_prefill, shapes
 
 examples = settings(max_examples=150, deadline=None)

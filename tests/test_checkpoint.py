@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from demo import tiny_vlm
-from model import CheckpointError, from_pretrained
-from model.checkpoint import INDEX, SINGLE, our_name
-from model.config import load_config, parse_config
+from hybridkv.model import CheckpointError, from_pretrained
+from hybridkv.model.checkpoint import INDEX, SINGLE, our_name
+from hybridkv.model.config import load_config, parse_config
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_generation_config_names_the_end_tokens(folder):
 
 def test_weights_arrive_one_at_a_time(folder, monkeypatch):
     """The peak is the model and its largest tensor: no more than one loaded tensor is alive beside the parameters."""
-    import model.checkpoint as checkpoint
+    import hybridkv.model.checkpoint as checkpoint
 
     alive = []
     original = checkpoint._set

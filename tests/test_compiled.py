@@ -15,13 +15,13 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn import functional as F
 
-import hybridkv.attention as attention_module
+import hybridkv.cache.attention as attention_module
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
-from hybridkv.attention import attend_gathered, attend_pages, tail_first
-from hybridkv.decode import CPU_OPTIONS, DecodeState, decode_step
-from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, best_chunks, select
+from hybridkv.cache.attention import attend_gathered, attend_pages, tail_first
+from hybridkv.cache.retrieve import ExactKeys, KeyBounds, KeySketch, best_chunks, select
+from hybridkv.engine import CPU_OPTIONS, DecodeState, decode_step
 from tests.lab import prompt
 
 POOL, LAYERS, LANES, DIM = 40, 2, 3, 16

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, attention
-from hybridkv.attention import attend_gathered, attend_pages
+from hybridkv.cache.attention import attend_gathered, attend_pages
 from tests.lab import GPU, prompt
 
 pytestmark = GPU

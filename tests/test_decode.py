@@ -11,9 +11,10 @@ from torch.torch_version import TorchVersion
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Engine, HybridCache, HybridConfig, Sampling, decode
-from hybridkv.attention import WIDE, check_pool
-from hybridkv.head_profile import HeadProfile
+from hybridkv import Engine, HybridCache, HybridConfig, Sampling
+from hybridkv import engine as decode
+from hybridkv.cache.attention import WIDE, check_pool
+from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.sampling import sample
 from tests.lab import prompt
 

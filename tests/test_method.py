@@ -7,12 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridkv import BudgetError, HybridConfig, Prefill, full_plan, hybrid_plan
-from hybridkv.budget import allocate, split
-from hybridkv.classify import classify, ranks, settled_share
-from hybridkv.plan import Costs
-from hybridkv.profile import BY_OVERLAP, jaccard_overlap, window_rows
-from hybridkv.prune import keep_order, pooled
-from hybridkv.retrieve import (
+from hybridkv.cache.retrieve import (
     ExactKeys,
     bound_scores,
     encode,
@@ -26,6 +21,11 @@ from hybridkv.retrieve import (
     token_scores,
     written_out,
 )
+from hybridkv.planning.budget import allocate, split
+from hybridkv.planning.classify import classify, ranks, settled_share
+from hybridkv.planning.plan import Costs
+from hybridkv.planning.prefill import BY_OVERLAP, jaccard_overlap, window_rows
+from hybridkv.planning.prune import keep_order, pooled
 from tests.lab import configs, prompts, random_prefill, shapes
 
 examples = settings(max_examples=100, deadline=None)

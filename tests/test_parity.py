@@ -9,7 +9,7 @@ from PIL import Image
 
 from demo import tiny_vlm
 from hybridkv import Engine, HybridConfig
-from model import Model, Processor, Prompt, from_pretrained
+from hybridkv.model import Model, Processor, Prompt, from_pretrained
 
 TOLERANCE = 1e-4  # on logits of about unit size
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import BudgetError, Engine, HybridConfig, Prefill
-from hybridkv.head_profile import HeadProfile
-from hybridkv.plan import Costs
-from hybridkv.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, sparsemm, streaming
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import Costs
+from hybridkv.planning.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, sparsemm, streaming
 from tests.lab import Bench, check, head_profile, prompt, prompts, random_prefill
 
 TOKENS = 800

@@ -8,9 +8,9 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from model import InputError, Processor
-from model.processing import open_image, read_video
-from model.rope import prompt_positions
+from hybridkv.model import InputError, Processor
+from hybridkv.model.processing import open_image, read_video
+from hybridkv.model.rope import prompt_positions
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_video_files(processor, tmp_path):
     for bad, message in (("broken.mp4", "can't be read as video"), ("missing.mp4", "does not exist")):
         with pytest.raises(InputError, match=message):
             read_video(tmp_path / bad, 2.0)
-    import model.processing
+    import hybridkv.model.processing
 
-    model.processing.MAX_FRAMES, before = 4, model.processing.MAX_FRAMES
+    hybridkv.model.processing.MAX_FRAMES, before = 4, hybridkv.model.processing.MAX_FRAMES
     try:
         with pytest.raises(InputError, match="more than 4 frames"):
             read_video(path, 10.0)
     finally:
-        model.processing.MAX_FRAMES = before
+        hybridkv.model.processing.MAX_FRAMES = before
 
 
 def test_transparency_lies_over_white(tmp_path):

@@ -16,8 +16,8 @@ from demo.evaluate import answer_logits, evaluate, exact, interval, table, unsee
 from demo.muon import Muon, orthogonalise
 from demo.trainee import BOARDS, COLOURS, RETRIEVES, Trainee, config, surprise, twin_surprise
 from demo.vocabulary import KEY_TOKENS, VOCABULARY, encode
-from model import Processor, from_pretrained
-from model.rope import inverse_frequencies, rotate
+from hybridkv.model import Processor, from_pretrained
+from hybridkv.model.rope import inverse_frequencies, rotate
 from tests.lab import GPU
 
 TINY = dict(layers=4, heads=4, kv_heads=4, mlp=48, vision=32)

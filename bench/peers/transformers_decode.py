@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridkv.profile import Prefill
-from model.decoder import Model
+from hybridkv.model.decoder import Model
+from hybridkv.planning.prefill import Prefill
 
 
 def twin(model: Model):

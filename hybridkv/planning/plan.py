@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybridkv.budget import BudgetError, allocate
-from hybridkv.classify import classify
+from hybridkv.cache.retrieve import tile_order
 from hybridkv.config import HybridConfig
-from hybridkv.profile import LayerProfile, Prefill
-from hybridkv.prune import keep_order, pooled
-from hybridkv.retrieve import tile_order
+from hybridkv.planning.budget import BudgetError, allocate
+from hybridkv.planning.classify import classify
+from hybridkv.planning.prefill import LayerProfile, Prefill
+from hybridkv.planning.prune import keep_order, pooled
 
 CONTEXT_FLOOR = 0.2  # smallest claim of a head that is weighted by its context mass
 SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, row of the basis

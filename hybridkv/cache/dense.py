@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hybridkv.pages import bucket
-from hybridkv.profile import Prefill
+from hybridkv.cache.capacity import bucket
+from hybridkv.planning.prefill import Prefill
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

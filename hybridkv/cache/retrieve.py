@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
 from hybridkv.config import WORD, HybridConfig
-from hybridkv.prune import Span
+from hybridkv.planning.prune import Span
 
 TURN_CHUNKS = 2048  # one turn of the loop over dynamic lanes scores about so many chunks, see `in_turns`
 

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from hybridkv.plan import Plan
+from hybridkv.planning.plan import Plan
 
 
 def bucket(n: int) -> int:

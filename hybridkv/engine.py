@@ -17,16 +17,16 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-from hybridkv.attention import check_pool
-from hybridkv.cache import CacheBytes, HybridCache
+from hybridkv.cache.attention import check_pool
+from hybridkv.cache.capacity import Capacity, bucket
+from hybridkv.cache.dense import DenseCache
+from hybridkv.cache.hybrid import CacheBytes, HybridCache
+from hybridkv.cache.pack import Placement
 from hybridkv.config import HybridConfig
-from hybridkv.dense import DenseCache
-from hybridkv.head_profile import HeadProfile
-from hybridkv.pack import Placement
-from hybridkv.pages import Capacity, bucket
-from hybridkv.plan import Plan, full_plan, known_plan, layer_order
-from hybridkv.policies import POLICIES
-from hybridkv.profile import Prefill, outline
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import Plan, full_plan, known_plan, layer_order
+from hybridkv.planning.policies import POLICIES
+from hybridkv.planning.prefill import Prefill, outline
 from hybridkv.sampling import Sampling, sample
 
 # Else the compile cache on disk would refuse graphs with a loop (`retrieve.best_chunks`). Its key covers their bodies.

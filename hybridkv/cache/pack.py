@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridkv.pages import Capacity
-from hybridkv.plan import Plan
+from hybridkv.cache.capacity import Capacity
+from hybridkv.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridkv.head_profile import HeadProfile
-from hybridkv.plan import Plan, budgeted_plan, full_plan, hybrid_plan, neighbourhood_scores
-from hybridkv.profile import Prefill
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import Plan, budgeted_plan, full_plan, hybrid_plan, neighbourhood_scores
+from hybridkv.planning.prefill import Prefill
 
 ADAKV_SAFEGUARD = 0.2  # share of a layer's budget that AdaKV spreads evenly over its heads
 SPARSEMM_UNIFORM = 0.2  # share of the budget that SparseMM spreads evenly over the heads

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hybridkv.config import HybridConfig
-from hybridkv.head_profile import HeadProfile
-from hybridkv.profile import BY_OVERLAP
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.prefill import BY_OVERLAP
 
 
 def settled_share(context_mass: Tensor, overlap: Tensor) -> Tensor:

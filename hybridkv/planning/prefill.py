@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hybridkv.config import HybridConfig
-from hybridkv.prune import Span
+from hybridkv.planning.prune import Span
 
 BY_OVERLAP = ("threshold", "ranks")  # classifiers that want to know how much the queries' top sets overlap
 

@@ -16,12 +16,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hybridkv.attention import attend_pages
-from hybridkv.pack import Placement, lane_tokens, place
-from hybridkv.pages import Capacity
-from hybridkv.plan import Costs, Plan, full_bytes
-from hybridkv.profile import Prefill
-from hybridkv.retrieve import ExactKeys, KeyBounds, KeySketch, best_chunks
+from hybridkv.cache.attention import attend_pages
+from hybridkv.cache.capacity import Capacity
+from hybridkv.cache.pack import Placement, lane_tokens, place
+from hybridkv.cache.retrieve import ExactKeys, KeyBounds, KeySketch, best_chunks
+from hybridkv.planning.plan import Costs, Plan, full_bytes
+from hybridkv.planning.prefill import Prefill
 
 
 @dataclass(frozen=True)
