@@ -1,71 +1,139 @@
 """Loading a checkpoint: a folder or a Hub name in, a `Model` with its weights on the wanted device out.
 
-Weights are read from safetensors only, one tensor at a time, straight to their device and dtype, so that the peak is
-the model plus its largest tensor.
+Weights are read from safetensors only. The headers of all files are compared with the config before a module is built
+or a number is read; then one tensor at a time goes straight to its device and dtype, so that the peak is the model
+plus its largest tensor.
 """
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from hybridkv.model.config import CheckpointError, load_config, read_json
+from hybridkv.model.config import Config, load_config
 from hybridkv.model.decoder import Model
+from hybridkv.model.fields import CheckpointError, show
+from hybridkv.model.shards import FLOATS, Stored, opened, some, stored_tensors
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def resolve(name: str | Path) -> Path:
     """The folder of a checkpoint; a name that is no folder is downloaded from the Hugging Face Hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
+    try:
+        folder = Path(name).expanduser()
+        if name != "" and folder.is_dir():
+            return folder
+        is_file = folder.is_file()
+    except (OSError, RuntimeError, ValueError) as e:  # too long, ~nobody, no name at all
+        raise CheckpointError(f"{show(str(name))} is no folder: {getattr(e, 'strerror', None) or e}") from e
+    if is_file:
         raise CheckpointError(f"{folder} is a file: give the folder that holds config.json and the safetensors files")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
-        raise CheckpointError(f"{name} is neither a folder nor a Hub name such as Qwen/Qwen2.5-VL-3B-Instruct")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name), re.ASCII):
+        raise CheckpointError(
+            f"{show(str(name))} is neither a folder nor a Hub name such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
+    except Exception as e:  # any: the Hub client's HTTP library, and with it the errors of a network, change
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise CheckpointError(f"{name} is no folder here and could not be downloaded from the Hub: {reason}") from e
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one file, or the shards that its index names."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise CheckpointError(f"{index} must hold a weight_map of tensor names to file names")
-        files = []
-        for name in sorted(set(weight_map.values())):
-            path = folder / name
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{index} points to {name!r}: shards must be safetensors files in the same folder"
-                )
-            if not path.is_file():
-                raise CheckpointError(f"{path} is named in the index but does not exist: download it again")
-            files.append(path)
-        return files
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
-        raise CheckpointError(f"{folder} holds pickle weights only: convert them to safetensors, pickles are not read")
-    raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, or a `ValueError` that names those that this machine has."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    names = ["cpu"] + ([f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())])
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        wanted = None
+    if wanted is None or f"{wanted.type}:{wanted.index or 0}".replace("cpu:0", "cpu") not in names:
+        raise ValueError(f"device {show(str(device))} can't be used: this machine has {', '.join(names)}")
+    return wanted
 
 
-def our_name(name: str) -> str:
-    """Maps both key layouts to this package's: `model.layers.*` and `model.language_model.layers.*` to `layers.*`."""
-    return re.sub(r"^(model\.language_model\.|language_model\.model\.|model\.)", "", name)
+def _sizes(cfg: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensors in which every size of a config shows."""
+    hidden, head = cfg.hidden_size, cfg.head_dim
+    yield EMBEDDING, (cfg.vocab_size, hidden)
+    yield "layers.0.self_attn.q_proj.weight", (cfg.num_attention_heads * head, hidden)
+    yield "layers.0.self_attn.k_proj.weight", (cfg.num_key_value_heads * head, hidden)
+    yield "layers.0.mlp.up_proj.weight", (cfg.intermediate_size, hidden)
+    if v := cfg.vision:
+        patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+        yield "visual.patch_embed.proj.weight", (v.hidden_size, *patch)
+        yield "visual.blocks.0.mlp.up_proj.weight", (v.intermediate_size, v.hidden_size)
+        yield "visual.merger.mlp.2.weight", (v.out_hidden_size, v.hidden_size * v.spatial_merge_size**2)
+
+
+def _build(cfg: Config, stored: dict[str, Stored], folder: Path) -> Model:
+    """A model without numbers whose parameters are those that the files hold.
+
+    Layers are counted and sizes compared first: a config that is wrong by far would take all memory or forever.
+    """
+
+    def compare(name: str, shape: tuple[int, ...]) -> None:
+        if name not in stored:
+            raise CheckpointError(f"{folder} lacks {name}")
+        if stored[name].shape != shape:
+            raise CheckpointError(f"{stored[name]} has shape {stored[name].shape}, config.json wants {shape}")
+
+    for name, shape in _sizes(cfg):
+        compare(name, shape)
+    counts = {"layers": ("num_hidden_layers", cfg.num_hidden_layers)}
+    if cfg.vision:
+        counts["visual.blocks"] = ("vision_config.depth", cfg.vision.depth)
+    for prefix, (field, wanted) in counts.items():
+        start = len(prefix) + 1
+        held = len({name[start:].partition(".")[0] for name in stored if name.startswith(f"{prefix}.")})
+        if held != wanted:
+            raise CheckpointError(f"{folder} holds the weights of {held} {prefix}, config.json wants {field} {wanted}")
+
+    with torch.device("meta"):
+        model = Model(cfg)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if missing := shapes.keys() - stored.keys():
+        raise CheckpointError(f"{folder} lacks {some(missing)}")
+    for name, shape in shapes.items():
+        compare(name, shape)
+    if extra := stored.keys() - shapes.keys():
+        keys = [stored[name].key for name in extra]
+        raise CheckpointError(f"{folder} holds weights this model has no place for: {some(keys)}")
+    return model
+
+
+def _read(entry: Stored, dtype: torch.dtype) -> torch.Tensor:
+    with opened(entry.file) as tensors:
+        return tensors.get_tensor(entry.key).to(dtype)
+
+
+def _settle_head(cfg: Config, stored: dict[str, Stored], dtype: torch.dtype | None) -> Config:
+    """What transformers does about an output layer that is stored although the config ties it to the embedding.
+
+    Equal copies are one; different ones are both kept; an output layer alone is the embedding, too.
+    """
+    if not cfg.tie_word_embeddings or HEAD not in stored:
+        return cfg
+    if EMBEDDING not in stored:
+        stored[EMBEDDING] = stored.pop(HEAD)
+        return cfg
+    embedding, head = stored[EMBEDDING], stored[HEAD]
+    if embedding.shape != head.shape:
+        return cfg  # no copy: a weight without a place
+    to = dtype or embedding.dtype
+    if not torch.equal(_read(embedding, to), _read(head, to)):
+        return replace(cfg, tie_word_embeddings=False)
+    del stored[HEAD]
+    return cfg
 
 
 def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -83,58 +151,30 @@ def from_pretrained(
 
     Args:
         name: a folder with `config.json` and safetensors, or a Hub name.
-        dtype: of the weights; None keeps what the first weight file has.
+        dtype: of the weights: bfloat16, float16, float32 or float64; None keeps the stored embedding's.
         device: where the weights go.
         progress: show a bar on stderr, if it is a terminal.
 
     Raises:
         CheckpointError: anything about the checkpoint that can't be used, in one line.
+        ValueError: a dtype or device that can't be used, in one line.
     """
+    if dtype is not None and dtype not in FLOATS.values():
+        raise ValueError(f"dtype {dtype} can't be used: give {', '.join(map(str, FLOATS.values()))}")
+    device = usable_device(device)
     folder = resolve(name)
-    cfg = load_config(folder)
-    files = weight_files(folder)
-    with torch.device("meta"):
-        model = Model(cfg)
-    missing = {n: p.shape for n, p in model.named_parameters()}
-    extra = []
-    size = sum(f.stat().st_size for f in files)
+    cfg, stored = load_config(folder), stored_tensors(folder)
+    cfg = _settle_head(cfg, stored, dtype)
+    model = _build(cfg, stored, folder)
+    dtype = dtype or stored[EMBEDDING].dtype
+    by_file = groupby(sorted(stored, key=lambda name: stored[name].file), key=lambda name: stored[name].file)
+    size = sum(p.numel() * stored[name].dtype.itemsize for name, p in model.named_parameters())
     hidden = None if progress else True  # None: tqdm looks whether stderr is a terminal
     with tqdm(total=size, desc="loading", unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-        for file in files:
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as tensors:
-                    for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                        target = our_name(key)
-                        if target.endswith("rotary_emb.inv_freq") or (
-                            target == "lm_head.weight" and model.lm_head is None
-                        ):
-                            continue  # derived from the config; a tied head repeats the embedding
-                        if target not in missing:
-                            extra.append(key)
-                            continue
-                        shape = tuple(tensors.get_slice(key).get_shape())
-                        if shape != missing[target]:
-                            raise CheckpointError(
-                                f"{file.name}: {key} has shape {shape}, config.json wants {tuple(missing[target])}"
-                            )
-                        value = tensors.get_tensor(key)
-                        if not value.is_floating_point():
-                            raise CheckpointError(
-                                f"{file.name}: {key} holds {value.dtype}; quantised weights are not supported"
-                            )
-                        dtype = dtype or value.dtype
-                        bar.update(value.nbytes)
-                        _set(model, target, value.to(dtype))
-                        del missing[target]
-            except SafetensorError as e:
-                raise CheckpointError(f"{file} is not a readable safetensors file: {e}") from e
-    if missing:
-        raise CheckpointError(f"{folder} lacks {_some(missing)}")
-    if extra:
-        raise CheckpointError(f"{folder} holds weights this model has no place for: {_some(extra)}")
+        for file, names in by_file:
+            with opened(file, str(device)) as tensors:
+                for target in names:
+                    value = tensors.get_tensor(stored[target].key)
+                    bar.update(value.nbytes)
+                    _set(model, target, value.to(dtype))
     return model.eval()
-
-
-def _some(names: list[str] | dict) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

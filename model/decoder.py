@@ -19,7 +19,7 @@ from hybridkv.model.vision import VisionTower
 LayerKV = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Prompt(Protocol):
+class PromptLike(Protocol):
     """What the model reads; `hybridkv.model.processing.Processor` makes one."""
 
     input_ids: Tensor  # (T,) placeholders expanded
@@ -95,6 +95,10 @@ class Model(nn.Module):
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
 
     @property
+    def n_layers(self) -> int:
+        return self.cfg.num_hidden_layers
+
+    @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
@@ -102,7 +106,7 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def embed(self, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    def embed(self, prompt: PromptLike) -> tuple[Tensor, Tensor]:
         """Embeddings (1, T, C) and positions (3, 1, T) of one prompt, visual embeddings in their places."""
         ids = prompt.input_ids.to(self.device)
         x = self.embed_tokens(ids)
@@ -147,7 +151,7 @@ class Model(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight)
 
-    def prefill(self, prompt: Prompt, kv: Sequence[LayerKV]) -> tuple[Tensor, int]:
+    def prefill(self, prompt: PromptLike, kv: Sequence[LayerKV]) -> tuple[Tensor, int]:
         """Reads one prompt. Returns the logits (1, vocab) of the token after it and that token's position."""
         x, positions = self.embed(prompt)
         hidden = self.forward(x, positions, kv)

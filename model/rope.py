@@ -53,9 +53,13 @@ def prompt_positions(
 
     Text counts on by one. An image or video starts where the text before it stopped; height and width count merged
     patches, time counts `tokens_per_second` a second (always 0 within an image). What follows starts one past the
-    largest of the three, so that no later token shares a position with an earlier one. (transformers from 5.3 on goes
-    past height and width only, which lets the text after a long video fall inside the video's time span; the
-    checkpoints were trained with the rule used here.)
+    largest of the three, so that no later token shares a position with an earlier one.
+
+    By decision that is not what transformers does from 5.3 on, where text after a video starts max(height, width)
+    past the video's start, whatever its time span. The two agree as long as the last time position is below
+    max(height, width) of the grid in tokens: every image, and every video short enough. From then on (at 2 frames a
+    second and 13 x 23 tokens from about 13 seconds on) transformers lets the text fall inside the video's time span,
+    and every position after that video differs. The checkpoints were trained with the rule used here.
 
     Args:
         input_ids: (T,) with placeholders already expanded, one per merged patch.

@@ -153,7 +153,7 @@ class VisionTower(nn.Module):
         windows, frames = ([g.to(device) for g in groups] for groups in (plan.windows, plan.frames))
 
         head_dim = self.cfg.hidden_size // self.cfg.num_heads
-        angles = positions[..., None] * inverse_frequencies(head_dim // 2, 1e4, device)  # (2, N, D/4)
+        angles = positions[..., None] * inverse_frequencies(head_dim // 2, self.cfg.rope_theta, device)  # (2, N, D/4)
         angles = rearrange(angles, "s n f -> n 1 (s f)").repeat(1, 1, 2)  # (N, 1, D)
         cos, sin = angles.cos(), angles.sin()
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from demo import tiny_vlm
 from hybridkv.model import CheckpointError, from_pretrained
-from hybridkv.model.checkpoint import INDEX, SINGLE, our_name
 from hybridkv.model.config import load_config, parse_config
+from hybridkv.model.shards import INDEX, SINGLE, our_name
 
 
 @pytest.fixture

@@ -1,5 +1,11 @@
-"""The model against transformers: tiny random checkpoints saved by transformers, loaded here, in float32."""
+"""The model against transformers: tiny random checkpoints saved by transformers, loaded here, in float32.
 
+Equal are the logits of text, images, and videos whose last time position is below max(height, width) of their grid in
+tokens. After a longer video the positions differ from transformers 5.3 and later by decision (`model/rope.py`): there
+the logits are equal once transformers is given our positions.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +16,7 @@ from PIL import Image
 from demo import tiny_vlm
 from hybridkv import Engine, HybridConfig
 from hybridkv.model import Model, Processor, Prompt, from_pretrained
+from hybridkv.model.rope import prompt_positions
 
 TOLERANCE = 1e-4  # on logits of about unit size
 
@@ -107,6 +114,25 @@ def test_text_after_a_long_video_counts_on_from_its_last_second(pair):
     assert positions[:, 0, last + 1].tolist() == [first + 11 * 4 + 1] * 3
     expected = reference(**reference_inputs(model, prompt), position_ids=positions).logits
     assert (ours(model, prompt) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("steps, seconds, last", [(1, 1.0, 0), (4, 1.0, 6), (2, 3.4, 6), (2, 3.5, 7), (5, 1.0, 8)])
+def test_where_positions_stop_being_those_of_transformers(pair, steps, seconds, last):
+    """4 x 7 tokens, 2 positions a second: the last time position may be 6, and no longer the greater side, 7."""
+    reference, model, _ = pair
+    ids = torch.tensor([1, 2] + [model.cfg.video_token_id] * (steps * 4 * 7) + [3] * 5)
+    grids = [(steps, 8, 14)]
+    prompt = Prompt(ids, torch.zeros(len(ids), dtype=torch.bool), steps * 28, None, grids, [seconds])
+    actual = prompt_positions(ids, model.cfg.image_token_id, model.cfg.video_token_id, grids, [seconds], 2, 2)
+    inputs = reference_inputs(model, replace(prompt, patches=torch.empty(steps * 8 * 14, 0)))
+    wanted, _ = reference.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], None, inputs["video_grid_thw"], inputs["second_per_grid_ts"]
+    )
+    after = len(ids) - 5
+    assert torch.equal(actual[:, :after], wanted[:, 0, :after])  # up to the video's end they are always equal
+    assert actual[0, after - 1] == 2 + last
+    assert torch.equal(actual[:, after:], wanted[:, 0, after:]) == (last < 7)
+    assert actual[0, after] == 2 + max(7, last + 1) and wanted[0, 0, after] == 2 + 7
 
 
 def test_a_batch_padded_on_the_right(pair):
