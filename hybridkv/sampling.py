@@ -4,20 +4,35 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# Below, the likeliest token always wins; above, all tokens are about equally likely. Neither is a matter of rounding.
+TEMPERATURES = (1e-3, 1e3)
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest; seeds count up over the batch."""
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; else in [0.001, 1000].
+        top_p: draws from the likeliest tokens up to this probability, in (0, 1].
+        seed: in [0, 2^63); counts up over the batch.
+
+    Raises:
+        ValueError: a number that is out of its range, or none.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature can't be negative, got {self.temperature}")
+        low, high = TEMPERATURES
+        if not (self.temperature == 0 or low <= self.temperature <= high):  # NaN is neither
+            raise ValueError(f"temperature must be 0 or lie in [{low:g}, {high:g}], got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}")
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
@@ -31,7 +46,9 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, noise: Tensor) ->
     Returns:
         (B,) int64.
     """
-    p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)  # before dividing, so that nothing overflows at low temperatures
+    p, token = (logits / temperature).softmax(-1).sort(-1, descending=True)
     before = p.cumsum(-1) - p  # probability of the tokens that are likelier
     p = p.where(before < top_p, 0.0)  # never empties: the first token has nothing before it
     cumulative = p.cumsum(-1)

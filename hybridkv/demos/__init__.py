@@ -23,7 +23,7 @@ class Demo:
     answer: str
 
 
-def load() -> dict[str, Demo]:
-    """All bundled demos by name."""
+def by_name() -> dict[str, Demo]:
+    """All bundled demos."""
     rows = json.loads((FOLDER / "demos.json").read_text(encoding="utf-8"))
     return {row["name"]: Demo(**row | {"images": [FOLDER / file for file in row["images"]]}) for row in rows}
