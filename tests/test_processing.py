@@ -1,16 +1,19 @@
-"""Prompts: pictures of every kind, video, placeholders, the prunable mask, and what is refused."""
+"""Prompts: pictures and video, placeholders, the prunable mask, positions, and what is refused."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from PIL import Image
 
-from hybridkv.model import InputError, Processor
-from hybridkv.model.processing import open_image, read_video
+from hybridkv.model import CheckpointError, InputError, Processor
 from hybridkv.model.rope import prompt_positions
+from tests.test_pictures import picture
+
+FIELD = Path(__file__).parent / "field"
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +24,6 @@ def processor(vlm):
 @pytest.fixture(scope="module")
 def text_only(llama):
     return Processor.from_pretrained(llama)
-
-
-def picture(width=112, height=84, seed=0, mode="RGB"):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)).convert(
-        mode
-    )
 
 
 def test_placeholders_are_expanded_and_prunable(processor):
@@ -86,107 +83,122 @@ def test_video_frames_pair_up(processor):
 
 
 def test_video_files(processor, tmp_path):
-    av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 64
-        for i in range(30):
-            for packet in stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 64), (8 * i, 0, 0)))):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    frames, rate = read_video(path, 2.0)
-    assert len(frames) == 6 and rate == 2.0
-    assert frames[5].getpixel((9, 9))[0] > frames[1].getpixel((9, 9))[0] + 100
-    prompt = processor("?", videos=[path], fps=2.0)
-    assert prompt.grids[0][0] == 3 and prompt.seconds_per_grid == [1.0]
-    assert len(read_video(path, 100.0)[0]) == 30  # never more than there are
-
-    (tmp_path / "broken.mp4").write_bytes(path.read_bytes()[:200])
-    for bad, message in (("broken.mp4", "can't be read as video"), ("missing.mp4", "does not exist")):
-        with pytest.raises(InputError, match=message):
-            read_video(tmp_path / bad, 2.0)
-    import hybridkv.model.processing
-
-    hybridkv.model.processing.MAX_FRAMES, before = 4, hybridkv.model.processing.MAX_FRAMES
-    try:
-        with pytest.raises(InputError, match="more than 4 frames"):
-            read_video(path, 10.0)
-    finally:
-        hybridkv.model.processing.MAX_FRAMES = before
+    pytest.importorskip("av")
+    prompt = processor("?", videos=[FIELD / "vfr.mp4"], fps=2.0)  # 7.05 seconds
+    assert prompt.grids == [(7, 20, 28)] and prompt.seconds_per_grid == [pytest.approx(2 * 7.05 / 14)]
+    upright = processor("?", videos=[FIELD / "rot90.mp4"])
+    assert upright.grids[0][0] == 2 and upright.grids[0][1] > upright.grids[0][2]
+    assert torch.equal(processor("?", videos=str(FIELD / "rot90.mp4")).patches, upright.patches)  # a single path
 
 
-def test_transparency_lies_over_white(tmp_path):
-    clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
-    assert open_image(clear).getpixel((5, 5)) == (255, 255, 255)
-    palette = Image.new("P", (40, 40), 0)
-    palette.save(tmp_path / "p.png", transparency=0)
-    assert open_image(tmp_path / "p.png").getpixel((5, 5)) == (255, 255, 255)
-    assert open_image(Image.new("LA", (9, 9), (0, 255))).getpixel((5, 5)) == (0, 0, 0)
+def test_a_single_picture_needs_no_list(processor, tmp_path):
+    picture().save(tmp_path / "a.png")
+    several = processor("?", images=[picture()])
+    for single in (picture(), tmp_path / "a.png", str(tmp_path / "a.png"), (picture(),)):
+        prompt = processor("?", images=single)
+        assert torch.equal(prompt.patches, several.patches) and torch.equal(prompt.input_ids, several.input_ids)
 
 
-def test_sixteen_bit_grey_keeps_its_range(tmp_path):
-    Image.fromarray(np.full((40, 40), 32768, dtype=np.uint16)).save(tmp_path / "grey.png")
-    assert open_image(tmp_path / "grey.png").getpixel((5, 5)) == (128, 128, 128)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV"])
-def test_other_modes_become_rgb(mode):
-    assert open_image(picture(mode=mode)).mode == "RGB"
-
-
-def test_orientation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    picture(112, 56).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (56, 112)
-
-
-def test_bad_pictures_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "text.png").write_text("no picture")
-    picture().save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
-    picture().save(tmp_path / "moving.gif", save_all=True, append_images=[picture(seed=1)])
-    cases = {
-        "missing.png": "does not exist",
-        "text.png": "not a picture",
-        "cut.png": "can't be read",
-        "moving.gif": r"animated \(2 frames\)",
-        ".": "can't be read",
-    }
-    for name, message in cases.items():
-        with pytest.raises(InputError, match=message):
-            open_image(tmp_path / name)
-    with pytest.raises(InputError, match="without a fixed range"):
-        open_image(Image.new("F", (20, 20)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 112 * 84 - 1)  # a warning in Pillow
-    with pytest.raises(InputError, match="more than 9,407 pixels"):
-        open_image(tmp_path / "whole.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # an error in Pillow
-    with pytest.raises(InputError, match="scale it down"):
-        open_image(tmp_path / "whole.png")
-
-
-def test_bad_prompts_are_refused(processor, text_only, monkeypatch):
+def test_bad_prompts_are_refused(processor, text_only):
     with pytest.raises(InputError, match="text-only"):
         text_only("?", images=[picture()])
-    with pytest.raises(InputError, match="empty"):
-        processor("  ")
-    with pytest.raises(InputError, match=r"placeholder <\|image_pad\|>"):
-        processor("what is <|image_pad|>?")
-    with pytest.raises(InputError, match="aspect ratio"):
+    with pytest.raises(InputError, match=r"picture of 9000 x 28 pixels can't be used: .*aspect ratio"):
         processor("?", images=[picture(9000, 28)])
     with pytest.raises(InputError, match="same size"):
         processor("?", videos=[[picture(56, 56), picture(84, 84)]])
     with pytest.raises(InputError, match="at least one frame"):
         processor("?", videos=[[]])
-    monkeypatch.setattr(processor.tokenizer, "chat_template", "{{ messages[0].content[-1].text }}")
-    with pytest.raises(InputError, match="no place for 1 pictures"):
+
+
+@pytest.mark.parametrize("what", ["prompt", "context"])
+def test_text_must_be_text(processor, what):
+    give = lambda value: processor(**({"text": value} if what == "prompt" else {"text": "?", "context": value}))  # noqa: E731
+    for blank in (" ", "\n\t", "\u3000") + (("",) if what == "prompt" else ()):
+        with pytest.raises(InputError, match=f"the {what} is empty"):
+            give(blank)
+    for value in (None, 3, b"bytes", ["a"], {"a": 1}):
+        with pytest.raises(InputError, match=rf"the {what} must be text \(str\), not {type(value).__name__}"):
+            give(value)
+    for half in ("a\ud800", "\udfff b", "a\udc80"):
+        with pytest.raises(InputError, match=f"the {what} holds half of a surrogate pair at character"):
+            give(half)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), -float("inf"), "2", None, True, 1e-9, 10**30])
+def test_fps_has_bounds(processor, value):
+    with pytest.raises(InputError, match=r"fps must be a number of frames a second between 0.001 and 1,000, not"):
+        processor("?", videos=[[picture()]], fps=value)
+
+
+@pytest.mark.parametrize("name", ["min_pixels", "max_pixels"])
+@pytest.mark.parametrize("value", [0, -5, 783, 12845057, 10**12, 10**30, 1e5, float("nan"), "784", True])
+def test_pixels_have_bounds(processor, text_only, name, value):
+    for p, images in ((processor, [picture()]), (text_only, [])):
+        with pytest.raises(InputError, match=f"{name} must be a whole number from 784 to 12,845,056, not "):
+            p("?", images=images, **{name: value})
+    assert processor("?", images=[picture()], **{name: 12845056 if name == "max_pixels" else np.int64(784)}).grids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(images=None), "images must be a list of paths or Pillow images, not NoneType"),
+        (dict(images={"a.png": 1}), "images must be a list of paths or Pillow images, not dict"),
+        (dict(images=5), "not int"),
+        (dict(images=[picture(), None]), r"images\[1\] must be a path or a Pillow image, not NoneType"),
+        (dict(images=b"a.png"), r"images\[0\] must be a path or a Pillow image, not int"),
+        (dict(images=["missing.png"]), "missing.png does not exist"),
+        (dict(videos=picture()), "videos must be a list of paths or lists of frames, not Image"),
+        (dict(videos=[picture()]), r"videos\[0\] must be a path or a list of frames, not Image"),
+        (dict(videos=[None]), r"videos\[0\] must be a path or a list of frames, not NoneType"),
+        (dict(videos=[[picture(), 3]]), r"videos\[0\]\[1\] must be a path or a Pillow image, not int"),
+    ],
+)
+def test_inputs_of_a_wrong_kind_are_named(processor, arguments, message):
+    with pytest.raises(InputError, match=message):
+        processor("?", **arguments)
+
+
+def edited(vlm: Path, folder: Path, file: str, **changes) -> Path:
+    shutil.copytree(vlm, folder)
+    raw = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+    return folder
+
+
+def test_pixel_bounds_by_either_name(vlm, processor, tmp_path):
+    folder = shutil.copytree(vlm, tmp_path / "copy")
+    shutil.copy(FIELD / "preprocessor-min-max-pixels.json", folder / "preprocessor_config.json")
+    for size in ((112, 84), (20, 30)):
+        expected, got = (p("?", images=[picture(*size)]) for p in (processor, Processor.from_pretrained(folder)))
+        assert torch.equal(got.patches, expected.patches) and got.grids == expected.grids
+    size = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
+    small = edited(vlm, tmp_path / "small", "preprocessor_config.json", min_pixels=None, max_pixels=None, size=size)
+    assert Processor.from_pretrained(small)("?", images=[picture(560, 560)]).visual_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("preprocessor_config.json", dict(patch_size=16), "patch_size 16, config.json has 14"),
+        ("preprocessor_config.json", dict(merge_size=4), "merge_size 4, config.json has 2"),
+        ("preprocessor_config.json", dict(min_pixels=10**6, max_pixels=10**4), "two areas in pixels"),
+        ("preprocessor_config.json", dict(size={"height": 5, "width": 5}, min_pixels=None), "can't be loaded: size"),
+        ("preprocessor_config.json", dict(size={"height": 5, "width": 5}, min_pixels=None, max_pixels=None), "areas"),
+        ("tokenizer.json", dict(model={"type": "none"}), "can't be loaded"),
+        ("tokenizer.json", dict(added_tokens=5), "can't be loaded"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(vlm, tmp_path, file, changes, message):
+    with pytest.raises(CheckpointError, match=message) as raised:
+        Processor.from_pretrained(edited(vlm, tmp_path / "copy", file, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_placeholder_ids_must_be_those_of_the_tokenizer(vlm, tmp_path):
+    processor = Processor.from_pretrained(edited(vlm, tmp_path / "copy", "config.json", image_token_id=5))
+    with pytest.raises(CheckpointError, match=r"image_token_id or video_token_id in config.json"):
         processor("?", images=[picture()])
-    monkeypatch.setattr(processor.tokenizer, "chat_template", "{{ messages[0].content | upper }}")
-    with pytest.raises(InputError, match="changes the context"):
-        processor("?", context="lower case")
 
 
 IMAGE, VIDEO = 1, 2
