@@ -44,19 +44,23 @@ def resolve(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
     except Exception as e:  # any: the Hub client's HTTP library, and with it the errors of a network, change
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise CheckpointError(f"{name} is no folder here and could not be downloaded from the Hub: {reason}") from e
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise CheckpointError(
+            f"{show(str(name))} is no folder here and could not be downloaded from the Hub: {reason}"
+        ) from e
 
 
 def usable_device(device: str | torch.device) -> torch.device:
     """The device, or a `ValueError` that names those that this machine has."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    names = ["cpu"] + ([f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())])
+    names = ["cpu"] + [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
     try:
         wanted = torch.device(device)
-    except (RuntimeError, TypeError):
-        wanted = None
-    if wanted is None or f"{wanted.type}:{wanted.index or 0}".replace("cpu:0", "cpu") not in names:
+    except (RuntimeError, TypeError):  # no name of a device
+        wanted = torch.device("meta")
+    if wanted.type == "cpu" and not wanted.index:
+        return torch.device("cpu")
+    if f"{wanted.type}:{wanted.index or 0}" not in names:
         raise ValueError(f"device {show(str(device))} can't be used: this machine has {', '.join(names)}")
     return wanted
 

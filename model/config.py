@@ -87,16 +87,16 @@ def _rope(part: Fields, kinds: tuple[str, ...], theta: float) -> tuple[float, Fi
 
     Before transformers 5 that is rope_theta and rope_scaling; from 5 on both live in rope_parameters.
     """
-    rope = part.section("rope_scaling")
-    if not rope.raw:
-        rope = part.section("rope_parameters")
+    old, new = part.section("rope_scaling"), part.section("rope_parameters")
+    rope = old if old.raw else new
     kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
     if kind not in kinds:
         raise rope.error(f"{rope.prefix}rope_type {show(kind)} is not supported, only plain RoPE and M-RoPE")
-    if any(isinstance(value, dict) for value in rope.raw.values()):
-        raise rope.error(f"{rope.prefix}* for each kind of layer is not supported")
+    for name, value in rope.raw.items():
+        if isinstance(value, dict):
+            raise rope.error(f"{rope.prefix}{name}: RoPE for each kind of layer is not supported")
     for holder in (rope, part):
-        if holder.raw.get("partial_rotary_factor", 1) != 1:
+        if holder.given("partial_rotary_factor") and holder.raw["partial_rotary_factor"] != 1:
             raise holder.error(f"{holder.prefix}partial_rotary_factor is not supported")
     return rope.number("rope_theta", part.number("rope_theta", theta)), rope
 
@@ -104,7 +104,7 @@ def _rope(part: Fields, kinds: tuple[str, ...], theta: float) -> tuple[float, Fi
 def _refuse_what_is_not_built(part: Fields) -> None:
     """Features that change what a model computes, in the whole config or one of its parts."""
     for name in ("quantization_config", "compression_config"):
-        if part.raw.get(name) is not None:
+        if part.given(name):
             method = part.section(name).raw.get("quant_method", "unknown")
             raise part.error(
                 f"{part.prefix}{name}: quantised weights ({show(method)}) are not supported, use a checkpoint in "
@@ -113,15 +113,16 @@ def _refuse_what_is_not_built(part: Fields) -> None:
     if part.raw.get("hidden_act", "silu") != "silu":
         raise part.error(f"{part.prefix}hidden_act {show(part.raw['hidden_act'])} is not supported, only 'silu'")
     kinds = part.raw.get("layer_types")
-    if part.raw.get("use_sliding_window") not in (None, False) or (
+    sliding = part.given("use_sliding_window") and part.flag("use_sliding_window")
+    if sliding or (
         kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds))
     ):
         raise part.error(f"{part.prefix}use_sliding_window or layer_types: sliding-window attention is not supported")
     for name in ("per_layer_config", "transformers_weights"):
-        if part.raw.get(name) is not None:
+        if part.given(name):
             raise part.error(f"{part.prefix}{name} is not supported")
     for name in ("dtype", "torch_dtype"):
-        if part.raw.get(name) not in (None, "auto", "bfloat16", "float16", "float32", "float64"):
+        if part.raw.get(name) not in (None, "bfloat16", "float16", "float32", "float64"):
             raise part.error(f"{part.prefix}{name} {show(part.raw[name])} is not supported, only bfloat16 and floats")
 
 
@@ -138,6 +139,10 @@ def _vision(part: Fields) -> VisionConfig:
             f"{part.said('hidden_size', vision.hidden_size)} must split over "
             f"{part.said('num_heads', vision.num_heads)} into a multiple of 4"
         )
+    same = {"head_dim": vision.hidden_size // vision.num_heads, "num_attention_heads": vision.num_heads}
+    for name, value in {**same, "num_hidden_layers": vision.depth}.items():
+        if part.raw.get(name, value) not in (None, value):
+            raise part.error(f"{part.said(name, part.raw[name])} contradicts the other fields, which give {value}")
     if vision.window_size < vision.patch_size * vision.spatial_merge_size:
         raise part.error(f"{part.said('window_size', vision.window_size)} is less than one visual token's pixels")
     return vision
@@ -157,19 +162,18 @@ def parse_config(raw: dict, file: str = "config.json") -> Config:
             f"model_type {show(model_type)} is not supported: use a qwen2_5_vl, qwen2 or llama checkpoint"
         )
     # As in transformers: what a nested file says outside of text_config says nothing about the decoder.
-    nested = model_type == "qwen2_5_vl" and raw.get("text_config") is not None
+    nested = whole.given("text_config")
+    if nested and model_type != "qwen2_5_vl":
+        raise whole.error(f"a {model_type} checkpoint with a text_config is not supported")
     text = whole.section("text_config") if nested else whole
     for part in (whole, text) if nested else (whole,):
         _refuse_what_is_not_built(part)
     cfg = _text(text, model_type)
     # A nested file may say these two outside or inside of text_config.
     tied = whole.flag("tie_word_embeddings") or text.flag("tie_word_embeddings")
-    speaker = whole if raw.get("eos_token_id") is not None else text
-    default = DEFAULTS[model_type]["eos_token_id"]
-    if "eos_token_id" in speaker.raw:
-        eos = speaker.tokens("eos_token_id", cfg.vocab_size)
-    else:
-        eos = () if default is None else (default,)
+    stated = [part.tokens("eos_token_id", cfg.vocab_size) for part in (whole, text) if part.given("eos_token_id")]
+    default = text.raw.get("eos_token_id", DEFAULTS[model_type]["eos_token_id"])
+    eos = stated[0] if stated else () if default is None else (default,)
     cfg = replace(cfg, tie_word_embeddings=tied, eos_token_id=eos)
     if model_type != "qwen2_5_vl":
         return cfg
@@ -198,7 +202,7 @@ def _text(text: Fields, model_type: str) -> Config:
         raise text.error(
             f"{text.said('num_attention_heads', heads)} do not split over {text.said('num_key_value_heads', kv_heads)}"
         )
-    if text.raw.get("head_dim") is not None:
+    if text.given("head_dim"):
         head_dim = text.whole("head_dim", 0)
     elif hidden % heads == 0:
         head_dim = hidden // heads
@@ -227,7 +231,7 @@ def _text(text: Fields, model_type: str) -> Config:
         **sizes,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=text.number("rms_norm_eps", defaults["rms_norm_eps"]),
+        rms_norm_eps=text.number("rms_norm_eps", defaults["rms_norm_eps"], below=1),
         rope_theta=theta,
         mrope_section=section,
         attention_bias=model_type != "llama",
@@ -249,6 +253,6 @@ def load_config(folder: Path) -> Config:
     cfg = parse_config(read_json(path), str(path))
     if generation.exists():
         said = Fields(read_json(generation), str(generation))
-        if said.raw.get("eos_token_id") is not None:
+        if said.given("eos_token_id"):
             return replace(cfg, eos_token_id=said.tokens("eos_token_id", cfg.vocab_size))
     return cfg

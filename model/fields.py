@@ -16,9 +16,13 @@ class CheckpointError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # names of files, fields and tensors may hold line breaks
 
 
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+
+
 def show(value: object) -> str:
     """A value as it stands in a message: never long, never of several lines."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else reprlib.repr(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else _short.repr(value)
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
@@ -57,6 +61,9 @@ class Fields:
     file: str
     prefix: str = ""  # such as "vision_config."
 
+    def given(self, name: str) -> bool:
+        return self.raw.get(name) is not None
+
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.file}: {message}")
 
@@ -89,10 +96,10 @@ class Fields:
             raise self.wrong(name, value, f"a token id from 0 to {vocab_size - 1}, or a list of them")
         return tuple(listed)
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, below: float = 1e300) -> float:
         value = self.raw.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
-            raise self.wrong(name, value, "a finite number above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < below:
+            raise self.wrong(name, value, f"a number above 0 and below {below:g}")
         return float(value)
 
     def flag(self, name: str) -> bool:

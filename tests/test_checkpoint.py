@@ -1,4 +1,4 @@
-"""Loading: layouts, dtypes, shards, and a clear error for everything that can be wrong with a folder."""
+"""Loading: layouts, dtypes, shards, devices, and a clear error for everything that can be wrong with a folder."""
 
 import json
 import shutil
@@ -8,16 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from demo import tiny_vlm
 from hybridkv.model import CheckpointError, from_pretrained
-from hybridkv.model.config import load_config, parse_config
 from hybridkv.model.shards import INDEX, SINGLE, our_name
+from tests.fuzz_checkpoints import fuzz
 
 
 @pytest.fixture
 def folder(vlm: Path, tmp_path: Path) -> Path:
     """A copy to break."""
     return shutil.copytree(vlm, tmp_path / "copy")
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 def edit(path: Path, **changes) -> None:
@@ -30,8 +32,8 @@ def shard(folder: Path, index_names: dict[str, str] | None = None) -> None:
     """Splits the one weight file into two and writes the index."""
     tensors = load_file(folder / SINGLE)
     names = sorted(tensors)
-    files = {n: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, n in enumerate(names)}
-    for file in set(files.values()):
+    files = {n: SHARDS[i % 2] for i, n in enumerate(names)}
+    for file in SHARDS:
         save_file({n: tensors[n] for n in names if files[n] == file}, folder / file)
     (folder / SINGLE).unlink()
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {**files, **(index_names or {})}}))
@@ -44,6 +46,36 @@ def same(a, b) -> bool:
 def test_shards_load_like_a_single_file(vlm, folder):
     shard(folder)
     assert same(from_pretrained(folder, progress=False), from_pretrained(vlm, progress=False))
+
+
+def test_one_file_goes_before_an_index(vlm, folder):
+    """As in transformers: older shards beside a newer single file are not read."""
+    newer = load_file(folder / SINGLE)
+    retensor(folder, lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items()}))
+    shard(folder)
+    save_file(newer, folder / SINGLE)
+    assert same(from_pretrained(folder, progress=False), from_pretrained(vlm, progress=False))
+
+
+@pytest.mark.parametrize("change", ["equal", "different", "alone", "other shape"])
+def test_a_stored_output_layer_of_a_tied_model(folder, change):
+    """As in transformers: equal copies are one, different ones are both kept, one alone is the embedding, too."""
+    edit(folder / "config.json", tie_word_embeddings=True)
+    tensors = load_file(folder / SINGLE)
+    embedding = tensors["model.embed_tokens.weight"]
+    head = {"different": tensors["lm_head.weight"], "other shape": embedding[1:]}.get(change, embedding).clone()
+    tensors["lm_head.weight"] = head
+    if change == "alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / SINGLE)
+    if change == "other shape":
+        with pytest.raises(CheckpointError, match=r"no place for: lm_head.weight"):
+            from_pretrained(folder, progress=False)
+        return
+    model, hidden = from_pretrained(folder, progress=False), torch.randn(1, 96)
+    assert model.cfg.tie_word_embeddings == (model.lm_head is None) == (change != "different")
+    assert torch.equal(model.embed_tokens.weight, embedding)
+    torch.testing.assert_close(model.logits(hidden), hidden @ head.T)
 
 
 def test_the_key_layout_of_transformers_5(vlm, folder):
@@ -62,25 +94,13 @@ def test_the_key_layout_of_transformers_5(vlm, folder):
     assert our_name("model.visual.blocks.1.attn.qkv.bias") == "visual.blocks.1.attn.qkv.bias"
 
 
-def test_the_nested_config_of_transformers_5_says_the_same_as_the_flat_one(tmp_path):
-    from transformers import Qwen2_5_VLConfig
-
-    flat = tiny_vlm.config(head_dim=16, hidden_size=64) | {"bos_token_id": None}
-    flat.pop("head_dim")
-    Qwen2_5_VLConfig(**{k: v for k, v in flat.items() if k != "architectures"}).save_pretrained(tmp_path)
-    nested = json.loads((tmp_path / "config.json").read_text())
-    assert "text_config" in nested and "rope_theta" not in nested
-    assert parse_config(nested) == parse_config(flat)
-
-
 def test_dtype_and_device(folder):
-    assert {p.dtype for p in from_pretrained(folder, torch.bfloat16, "cpu").parameters()} == {torch.bfloat16}
+    for device in ("cpu", "cpu:0", torch.device("cpu")):
+        assert {p.dtype for p in from_pretrained(folder, torch.bfloat16, device).parameters()} == {torch.bfloat16}
+    for dtype in (torch.float16, torch.float64):
+        retensor(folder, lambda t, dtype=dtype: t.update({k: v.to(dtype) for k, v in t.items() if "embed" in k}))
+        assert {p.dtype for p in from_pretrained(folder, progress=False).parameters()} == {dtype}
     assert not any(p.is_meta or p.requires_grad for p in from_pretrained(folder, progress=False).parameters())
-
-
-def test_generation_config_names_the_end_tokens(folder):
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
-    assert load_config(folder).eos_token_id == (5, 7)
 
 
 def test_weights_arrive_one_at_a_time(folder, monkeypatch):
@@ -128,8 +148,53 @@ BROKEN = {
     "shard outside": (lambda f: shard(f, {"x": "../evil.safetensors"}), "same folder"),
     "shard is a pickle": (lambda f: shard(f, {"x": "weights.bin"}), "must be safetensors"),
     "missing shard": (lambda f: shard(f, {"x": "model-00003-of-00003.safetensors"}), "does not exist"),
-    "broken index": (lambda f: (f / INDEX).write_text('{"weight_map": 3}'), "weight_map"),
+    "broken index": (lambda f: (shard(f), (f / INDEX).write_text('{"weight_map": 3}')), "weight_map"),
+    "empty index": (lambda f: (shard(f), (f / INDEX).write_text('{"weight_map": {}}')), "weight_map"),
+    "broken promise": (lambda f: shard(f, {"model.more.weight": SHARDS[0]}), "lacks model.more.weight, which"),
+    "one tensor in two shards": (lambda f: (shard(f), repeat(f, "model.norm.weight")), "holds norm.weight twice"),
+    "one tensor in two layouts": (
+        lambda f: retensor(f, lambda t: t.update({"model.language_model.norm.weight": t["model.norm.weight"] + 1})),
+        "holds norm.weight twice",
+    ),
+    "fp8": (lambda f: cast(f, torch.float8_e4m3fn), "F8_E4M3; quantised"),
+    "fp8 with scales": (
+        lambda f: (cast(f, torch.float8_e5m2), retensor(f, lambda t: t.update({"x.weight_scale_inv": torch.ones(1)}))),
+        "F8_E5M2; quantised",
+    ),
+    "complex numbers": (lambda f: cast(f, torch.complex64), "C64; quantised"),
+    "one layer less": (
+        lambda f: retensor(f, lambda t: [t.pop(k) for k in [*t] if "model.layers.1." in k]),
+        "weights of 1 layers, config.json wants num_hidden_layers 2",
+    ),
+    "many layers": (
+        lambda f: edit(f / "config.json", num_hidden_layers=10**9),
+        "weights of 2 layers, config.json wants num_hidden_layers 1000000000",
+    ),
+    "a wide model": (lambda f: edit(f / "config.json", intermediate_size=2**31 - 1), r"wants \(2147483647, 96\)"),
+    "an adapter beside the model": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "holds an adapter beside a model: merge it",
+    ),
+    "an adapter alone": (
+        lambda f: ((f / "config.json").unlink(), (f / SINGLE).rename(f / "adapter_model.safetensors")),
+        "is an adapter, not a model: merge it",
+    ),
+    "a name with a line break": (lambda f: retensor(f, lambda t: t.update({"a\nb": torch.ones(1)})), "place for: a b"),
 }
+
+
+def repeat(folder: Path, name: str) -> None:
+    """A tensor that one shard holds, in the other, too."""
+    first, second = (load_file(folder / file) for file in SHARDS)
+    value = {**first, **second}[name]
+    for file, tensors in zip(SHARDS, (first, second), strict=True):
+        save_file({**tensors, name: value}, folder / file)
+
+
+def cast(folder: Path, dtype: torch.dtype) -> None:
+    """One weight in another dtype."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    retensor(folder, lambda t: t.update({name: t[name].to(dtype)}))
 
 
 def edit_out(folder: Path, key: str) -> None:
@@ -153,10 +218,54 @@ def test_a_broken_folder_gets_one_clear_error(name, folder):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["does/not/exist", "nothing-here", "./missing", ""])
+NO_NAMES = {
+    "does/not/exist": "neither a folder nor a Hub name",
+    "nothing-here": "neither a folder nor a Hub name",
+    "./missing": "neither a folder nor a Hub name",
+    "": "neither a folder nor a Hub name",
+    " ": "neither a folder nor a Hub name",
+    "a name/with spaces": "neither a folder nor a Hub name",
+    "so/me\nlines": "neither a folder nor a Hub name",
+    "nul\0": "neither a folder nor a Hub name|is no folder",
+    "~nobody-of-that-name/x": "is no folder",
+    "x" * 5000: "is no folder: File name too long",
+    "some/" + "x" * 200: "could not be downloaded from the Hub: Repo id",
+    "some/..": "could not be downloaded from the Hub: Repo id",
+}
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=lambda name: repr(name[:20]))
 def test_names_that_are_neither_a_folder_nor_on_the_hub(name):
-    with pytest.raises(CheckpointError, match="neither a folder nor a Hub name"):
-        from_pretrained(name or " ", progress=False)
+    with pytest.raises(CheckpointError, match=NO_NAMES[name]) as error:
+        from_pretrained(name, progress=False)
+    assert len(str(error.value)) < 500 and len(str(error.value).splitlines()) == 1
+
+
+DEVICES = [
+    "hpu",
+    "meta",
+    "cuda:99",
+    "nonsense",
+    "privateuseone",
+    "cpu:7",
+    "",
+    "cuda:-1",
+    None,
+    3.5,
+    torch.device("meta"),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_a_device_that_is_not_there(vlm, device):
+    with pytest.raises(ValueError, match=r"^device .* can't be used: this machine has cpu"):
+        from_pretrained(vlm, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, torch.bool, "bfloat16"], ids=str)
+def test_a_dtype_that_no_model_has(vlm, dtype):
+    with pytest.raises(ValueError, match=r"can't be used: give torch.bfloat16, torch.float16, torch.float32"):
+        from_pretrained(vlm, dtype=dtype)
 
 
 def test_a_file_is_no_folder(folder):
@@ -186,3 +295,9 @@ def test_hub_download(vlm, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match=r"could not be downloaded from the Hub: no connection$"):
         from_pretrained("someone/some-model")
+
+
+def test_a_sample_of_the_fuzzer():
+    counts = fuzz(60, seed=1, logits_every=4)
+    assert counts["failures"] == []
+    assert counts["valid, logits"] == 3 and counts["valid"] == 21 and counts["refused"] > 20
