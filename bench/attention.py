@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import add_model_arguments, copy_bandwidth, describe, make_model, random_prefill, write_row
 from bench.decode import plain_bytes
-from hybridkv import attention
+from hybridkv.cache import attention
 from hybridkv.cache.dense import DenseCache, DenseLayer, attend_heads, attend_rows
 from hybridkv.cache.hybrid import HybridCache
 from hybridkv.config import HybridConfig

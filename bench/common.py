@@ -128,8 +128,9 @@ def random_prefill(model: Model, tokens: int, config: HybridConfig, seed: int = 
     prefill = Prefill(torch.arange(tokens, device=model.device) < tokens - QUESTION, config)
     for _ in range(cfg.num_hidden_layers):
         k, v = torch.randn(2, cfg.num_key_value_heads, tokens, cfg.head_dim, dtype=model.dtype, **draw)
-        score, (mass, overlap) = torch.rand(k.shape[:2], **draw), torch.rand(2, len(k), **draw)
-        prefill.layers.append(LayerProfile(k, v, score, score, mass, mass, overlap))
+        score, mass = torch.rand(k.shape[:2], **draw), torch.rand(len(k), **draw)
+        prefill.layers.append(LayerProfile(k, v, k[:, :0], score, score, mass, mass))
+    prefill.like = k[:, :0]
     return prefill
 
 

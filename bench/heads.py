@@ -24,18 +24,19 @@ from tqdm import tqdm
 from bench.judge import Lab, Variant, load_lab, parse_variant
 from bench.tasks import Case, make_case
 from hybridkv.config import HybridConfig
-from hybridkv.planning.classify import movement, ranks
+from hybridkv.planning.classify import of_heads, overlap, ranks
 from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.plan import Plan, budgeted_plan, static_scores, text_attention
+from hybridkv.planning.plan import Plan, budgeted_plan, static_score
 from hybridkv.planning.prefill import Prefill
+from hybridkv.planning.variants import movement
 
 
 def spare(kept: tuple[int, int] | None, prefill: Prefill) -> Plan:
     """Every head dynamic but `kept` (layer, head), which is static."""
-    dynamic = torch.ones(len(prefill.layers), len(prefill.layers[0].k), dtype=torch.bool)
+    dynamic = torch.ones(prefill.shape, dtype=torch.bool)
     if kept:
         dynamic[kept] = False
-    return budgeted_plan(prefill, dynamic, static_scores(prefill))
+    return budgeted_plan(prefill, dynamic, static_score)
 
 
 def head_shape(lab: Lab) -> tuple[int, int]:
@@ -68,9 +69,9 @@ def rankings(lab: Lab, config: HybridConfig, args: argparse.Namespace) -> dict[s
     found: dict[str, list[np.ndarray]] = {"focus": [], "ranks": []}
     for cases in batches(lab, args):
         for prefill in lab.read(cases, config).prefills:
-            mass, overlap, focus = text_attention(prefill)
+            mass, focus = of_heads(prefill, "context_mass"), of_heads(prefill, "focus")
             found["focus"].append(ranks(focus).numpy())
-            found["ranks"].append(movement(mass, overlap).numpy())
+            found["ranks"].append(movement(mass, overlap(prefill)).numpy())
     return {name: np.stack(each) for name, each in found.items()}
 
 
@@ -117,7 +118,9 @@ def main() -> None:
     config = replace(parse_variant(args.variant).config, budget=args.budget)
     row = {**vars(args), "classifiers": {}}
     if args.head_profile:
-        need = HeadProfile.load(args.head_profile, head_shape(lab)).need.numpy()
+        need = HeadProfile.load(args.head_profile).need.numpy()
+        if need.shape != head_shape(lab):
+            parser.error(f"{args.head_profile} profiles {need.shape} layers and heads, the model has {head_shape(lab)}")
     else:
         need, row["base_kl"] = measure(lab, config, args)
         print(f"KL with every head dynamic: {row['base_kl']:.4f}\nneed of each head (layers down, KV heads across):")

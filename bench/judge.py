@@ -1,8 +1,8 @@
 """Measures policies on prompts: what they answer, how far they diverge from the full cache, and what they cost."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -13,40 +13,66 @@ from hybridkv.config import HybridConfig
 from hybridkv.demos import MODEL
 from hybridkv.engine import Engine
 from hybridkv.model import Model, Processor, from_pretrained
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import Plan
 from hybridkv.planning.policies import POLICIES
 from hybridkv.planning.prefill import Prefill
+from hybridkv.planning.variants import VARIANTS
 from hybridkv.sampling import Sampling
 
-PROFILED = ("window", "top_share", "sinks", "recent")  # fields that the prefill itself depends on
+PROFILED = ("window", "sinks", "recent")  # fields that the prefill itself depends on
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy with its configuration, as named on the command line."""
+    """A policy with its configuration, as named on the command line.
+
+    Attributes:
+        config: without the head profile, whose file may be yet to be made.
+        head_profile: that file, if one is wanted.
+        beside: settings that are no fields of `HybridConfig`, but make the policy another one (`variants.VARIANTS`).
+    """
 
     name: str
-    policy: str
+    policy: str | Callable[[Prefill], Plan]
     config: HybridConfig
+    head_profile: str | None = None
+    beside: dict[str, str] = field(default_factory=dict)
+
+    def described(self) -> dict:
+        """The configuration as rows have it."""
+        return asdict(self.config) | {"head_profile": self.head_profile} | self.beside
+
+    def complete(self) -> HybridConfig:
+        """The configuration with the head profile."""
+        return replace(self.config, head_profile=self.head_profile and HeadProfile.load(self.head_profile))
 
 
 def variants_at(text: str, budgets: Sequence[float], head_profile: str | None = None) -> list[Variant]:
     """A variant at each of the budgets; `full` has none to obey, and `snapkv:budget=0.3` names its own.
 
     Args:
-        head_profile: file of an offline profile, for those that want one and name no other.
+        head_profile: file of an offline profile, for those that want one.
     """
     variant = parse_variant(text)
-    config = variant.config
-    if (config.classifier == "profile" or variant.policy == "sparsemm") and not config.head_profile:
-        config = replace(config, head_profile=head_profile)
-    given = text.split(":", 1)[1].split(",") if ":" in text else []
+    wants = variant.config.classifier == "profile" or variant.policy == "sparsemm"
+    policy, _, settings = text.partition(":")
+    given = settings.split(",") if settings else []
     others = [setting for setting in given if not setting.startswith("budget=")]
-    if variant.policy == "full":
+    if policy == "full":
         budgets = [1.0]
     elif len(others) < len(given):
-        budgets = [config.budget]
-    name = f"{variant.policy}:{','.join(others)}".rstrip(":")
-    return [Variant(name, variant.policy, replace(config, budget=budget)) for budget in budgets]
+        budgets = [variant.config.budget]
+    name = f"{policy}:{','.join(others)}".rstrip(":")
+    return [
+        replace(
+            variant,
+            name=name,
+            config=replace(variant.config, budget=budget),
+            head_profile=head_profile if wants else None,
+        )
+        for budget in budgets
+    ]
 
 
 def parse_variant(text: str) -> Variant:
@@ -55,12 +81,18 @@ def parse_variant(text: str) -> Variant:
     Raises:
         ValueError: no such policy, field or value.
     """
-    policy, _, settings = text.partition(":")
-    if policy not in POLICIES:
-        raise ValueError(f"there is no policy {policy!r}; there are {', '.join(POLICIES)}")
-    known, given = {f.name: f.type for f in fields(HybridConfig)}, {}
+    name, _, settings = text.partition(":")
+    if name not in POLICIES:
+        raise ValueError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
+    known, given, beside = {f.name: f.type for f in fields(HybridConfig) if f.name != "head_profile"}, {}, {}
+    policy: str | Callable[[Prefill], Plan] = name
     for setting in filter(None, settings.split(",")):
         key, _, value = setting.partition("=")
+        if setting in VARIANTS:
+            if policy != "hybridkv":
+                raise ValueError(f"{setting!r} is a variant of hybridkv, and goes with no other")
+            policy, beside = VARIANTS[setting], {key: value}
+            continue
         if key not in known:
             raise ValueError(f"HybridConfig has no field {key!r}; it has {', '.join(sorted(known))}")
         try:
@@ -70,7 +102,8 @@ def parse_variant(text: str) -> Variant:
         if not isinstance(given[key], (float, int) if known[key] is float else known[key]):
             raise ValueError(f"{setting!r}: {key} takes {getattr(known[key], '__name__', known[key])}")
     config = HybridConfig(strict=False, **given)
-    return Variant(text, policy, replace(config, retrieval="bound") if policy == "quest" else config)
+    config = replace(config, retrieval="bound") if name == "quest" else config
+    return Variant(text, policy, config, beside=beside)
 
 
 @dataclass
@@ -85,7 +118,7 @@ class Read:
 def again(prefill: Prefill, config: HybridConfig) -> Prefill:
     """The same record for another plan: loading a cache takes the keys and values out of the record it is given."""
     copy = Prefill(prefill.prunable, config, spans=prefill.spans)
-    copy.layers = list(prefill.layers)
+    copy.layers, copy.like = list(prefill.layers), prefill.like
     return copy
 
 
@@ -147,10 +180,10 @@ class Lab:
 
     @torch.no_grad()
     def read(self, cases: Sequence[Case], config: HybridConfig) -> Read:
-        config = replace(config, classifier="ranks")  # whose records serve every classifier
-        engine = Engine(self.model, config, "full", compile=False)
-        prefills, logits, positions = engine.prefill([case.prompt for case in cases])
-        return Read(prefills, logits.argmax(-1), positions)
+        prefills = [Prefill(case.prompt.prunable, config, spans=case.prompt.spans) for case in cases]
+        read = [self.model.prefill(case.prompt, prefill) for case, prefill in zip(cases, prefills, strict=True)]
+        logits, positions = zip(*read, strict=True)
+        return Read(prefills, torch.cat(logits).argmax(-1), list(positions))
 
     @torch.no_grad()
     def measure(
@@ -161,17 +194,18 @@ class Lab:
         reads: dict[tuple, Read] = {}
         path: list[list[int]] = []
         for variant in variants:
-            key = tuple(getattr(variant.config, name) for name in PROFILED)
+            config = variant.complete()
+            key = tuple(getattr(config, name) for name in PROFILED)
             if key not in reads:
-                reads = {key: self.read(cases, variant.config)}  # one at a time: these are whole caches
+                reads = {key: self.read(cases, config)}  # one at a time: these are whole caches
             read = reads[key]
             if not path:
-                path, logits = decode(Engine(self.model, variant.config, "dense", eos, compile=False), read, cases)
+                path, logits = decode(Engine(self.model, config, "dense", eos, compile=False), read, cases)
                 path = [cut(row, eos, case.limit) or row[:1] for row, case in zip(path, cases, strict=True)]
                 # The end token is judged, too: as many distributions as the answer has tokens.
                 counts = [len(row) + bool(case.then) for row, case in zip(path, cases, strict=True)]
                 reference = [rows[:n].log_softmax(-1) for rows, n in zip(logits, counts, strict=True)]
-            engine = Engine(self.model, variant.config, variant.policy, eos, compile=False)
+            engine = Engine(self.model, config, variant.policy, eos, compile=False)
             tokens, logits = decode(engine, read, cases, path)
             kl = [
                 float((want.exp() * (want - rows[: len(want)].log_softmax(-1))).sum(-1).mean())

@@ -4,8 +4,8 @@
     python -m bench.memory --shape qwen2.5-vl-7b --dtype bfloat16 --contexts 16384 65536 --memory 48
 
 Contenders: `dense` (plain tensors), `full` (on pages), `hybridkv` (planned when the prompt has been read, so that its
-whole cache stands beside the pages for a moment) and `hybridkv ahead` (heads known from an offline profile: each layer
-is packed as it is read). Each runs in a process of its own.
+whole cache stands beside the pages for a moment) and `hybridkv ahead` (heads known from an offline profile). All but
+`hybridkv` pack each layer as it is read. Each runs in a process of its own.
 
 The numbers are the allocator's; on a CPU the profiler tells them. A compiled step is measured after a few others, and
 includes its activations, and on a CPU room for a copy of the pool, which FlexAttention's kernel reserves in every
@@ -18,9 +18,8 @@ import itertools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import psutil
 import torch
@@ -73,22 +72,19 @@ def stages(model: Model, contender: str, context: int, batch: int, budget: float
     """Bytes on the device at each of STAGES, and the process's on the host."""
     policy, ahead = contender.split()[0], contender.endswith("ahead")
     config = HybridConfig(budget=budget if policy == "hybridkv" else 1.0)
-    with tempfile.TemporaryDirectory() as folder:
-        if ahead:
-            shape = model.cfg.num_hidden_layers, model.cfg.num_key_value_heads
-            file = Path(folder, "heads.json")
-            HeadProfile(torch.rand(shape), torch.rand(shape), 1, "random").save(file)
-            config = HybridConfig(budget=budget, classifier="profile", head_profile=str(file))
-        engine = Engine(model, config, policy)
-        prompts = [RandomPrompt(context, model.cfg.vocab_size) for _ in range(batch)]
-        weights = sum(p.nbytes for p in model.parameters())
-        steps = engine.stream(prompts, WARM_UP + 2, Sampling())
-        peak, held = measured(lambda: next(steps), model.device)
-        found = {"weights": weights, "prefill_peak": weights + peak, "prefilled": weights + held}
-        for _ in range(WARM_UP):  # compiles, and on CUDA records the graph
-            next(steps)
-        peak, _ = measured(lambda: next(steps), model.device)
-        return found | {"decode_peak": weights + held + peak, "host": psutil.Process().memory_info().rss}
+    if ahead:
+        random = torch.rand(model.cfg.num_hidden_layers, model.cfg.num_key_value_heads)
+        config = replace(config, classifier="profile", head_profile=HeadProfile(random, random))
+    engine = Engine(model, config, policy)
+    prompts = [RandomPrompt(context, model.cfg.vocab_size) for _ in range(batch)]
+    weights = sum(p.nbytes for p in model.parameters())
+    steps = engine.stream(prompts, WARM_UP + 2, Sampling())
+    peak, held = measured(lambda: next(steps), model.device)
+    found = {"weights": weights, "prefill_peak": weights + peak, "prefilled": weights + held}
+    for _ in range(WARM_UP):  # compiles, and on CUDA records the graph
+        next(steps)
+    peak, _ = measured(lambda: next(steps), model.device)
+    return found | {"decode_peak": weights + held + peak, "host": psutil.Process().memory_info().rss}
 
 
 def largest(rows: list[dict], of: str, memory: float) -> int | None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bench.common import QUESTION, add_model_arguments, describe, make_model, write_row
-from hybridkv.cache.dense import DenseCache
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine
 from hybridkv.model.decoder import Model, causal_attention
@@ -34,6 +33,7 @@ class Plain(Prefill):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nothing = q.new_zeros(())
+        self.like = k[0, :, :0]
         self.layers.append(LayerProfile(k[0], v[0], *[nothing] * 5))
         return causal_attention(q, k, v)
 
@@ -61,7 +61,7 @@ def first_token(model: Model, x: Tensor, positions: Tensor, policy: str, config:
     int(model.logits(model(x, positions, prefill)[:, -1]).argmax())
     ms["read"] = clock.lap() * MS
     if policy == "plain":
-        DenseCache(x.shape[1] + QUESTION, 1, prefill).load([prefill], QUESTION)
+        Engine(model, config, "dense", compile=False).load([prefill], QUESTION)
     else:
         plan = POLICIES[policy](prefill)
         ms["plan"] = clock.lap() * MS

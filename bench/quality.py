@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +132,7 @@ def run(
             "budget": job.config.budget,
             "task": task,
             "tokens": tokens,
-            "config": asdict(job.config),
+            "config": job.described(),
         }
 
     known = {row_key(row): row for row in done}

@@ -1,7 +1,7 @@
 """HybridKV (arXiv 2604.05887) in PyTorch: a key-value cache whose heads are pruned or retrieved, whichever suits them.
 
-The method, in the order in which data flows: `profile`, `classify`, `budget`, `prune`, `retrieve`, `plan`,
-`policies`, `pages`, `pack`, `attention`, `cache`, `decode`.
+What decides is in `planning`: prefill, classify, budget, prune, plan, policies. What holds and reads is in `cache`:
+capacity, pack, sketch, retrieve, attention, hybrid. `engine` and `decode` put them to work.
 """
 
 from hybridkv.cache.capacity import Capacity
@@ -10,8 +10,9 @@ from hybridkv.cache.hybrid import CacheBytes, HybridCache
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine, Result, Stats
 from hybridkv.planning.budget import BudgetError
-from hybridkv.planning.plan import Plan, full_plan, hybrid_plan
-from hybridkv.planning.prefill import Prefill
+from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import Plan, budgeted_plan, full_plan, hybrid_plan
+from hybridkv.planning.prefill import LayerProfile, Prefill
 from hybridkv.sampling import Sampling
 
 __all__ = [
@@ -20,13 +21,16 @@ __all__ = [
     "Capacity",
     "DenseCache",
     "Engine",
+    "HeadProfile",
     "HybridCache",
     "HybridConfig",
+    "LayerProfile",
     "Plan",
     "Prefill",
     "Result",
     "Sampling",
     "Stats",
+    "budgeted_plan",
     "full_plan",
     "hybrid_plan",
 ]

@@ -3,9 +3,11 @@
     python -m hybridkv.calibrate --model demo --out heads.json
     python -m hybridkv.calibrate --model FOLDER --prompts samples.jsonl --out heads.json
 
-Use it as `HybridConfig(classifier="profile", head_profile="heads.json")`, or with the policy `sparsemm`. A line of the
-samples is `{"prompt": "...", "images": ["a.png"], "context": "..."}`; images and context may be left out. The bundled
-model is measured on the bundled demos if no samples are given.
+Use it with `python -m hybridkv.generate --head-profile heads.json`, or from Python as
+`HybridConfig(classifier="profile", head_profile=HeadProfile.load("heads.json"))`. A line of the samples is
+`{"prompt": "...", "images": ["a.png"], "context": "..."}`; images, whose names are relative to the folder that the
+command is run in, and context may be left out. The bundled model is measured on the bundled demos if no samples are
+given.
 
 A head's need is what pruning it alone does to the answer, not to its own output: in the bundled model, whose answers
 hang on a few heads, outputs that change most are not those that matter. All heads are tried in one batch.
@@ -13,7 +15,9 @@ hang on a few heads, outputs that change most are not those that matter. All hea
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hybridkv import demos
+from hybridkv.cli import Parser, check_length, choose_device, one_line_errors, positive, read_text
 from hybridkv.config import HybridConfig
-from hybridkv.model import CheckpointError, InputError, Model, Processor, Prompt, from_pretrained
+from hybridkv.model import InputError, Model, Processor, Prompt, from_pretrained
 from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.plan import budgeted_plan, static_scores
+from hybridkv.planning.plan import budgeted_plan, static_score
 from hybridkv.planning.prefill import Prefill
 
 NEW_TOKENS = 32  # of an answer that are looked at
@@ -44,18 +49,17 @@ class Observer:
     """
 
     def __init__(self, prefill: Prefill):
-        shape = (len(prefill.layers), len(prefill.layers[0].k))
-        plan = budgeted_plan(prefill, torch.zeros(shape, dtype=torch.bool), static_scores(prefill))
-        kept = plan.pages * plan.page_size  # (layers, H)
+        plan = budgeted_plan(prefill, torch.zeros(prefill.shape, dtype=torch.bool), static_score)
+        kept = plan.n_read * plan.page_size  # (layers, H)
         self.variants = 1 + kept.numel()
         self.prunable = prefill.prunable
         self.prompt = [(layer.k, layer.v) for layer in prefill.layers]
         self.new = [(layer.k.new_empty(self.variants, *layer.k[:, :0].shape),) * 2 for layer in prefill.layers]
         self.dropped = []  # for each layer (H, T)
-        for order, count in zip(plan.order, kept, strict=True):
-            rank = order.argsort(-1)  # (H, T) place of each token in its head's order
+        for layer, count in enumerate(kept):
+            rank = plan.order(prefill, layer).argsort(-1)  # (H, T) place of each token in its head's order
             self.dropped.append(rank >= count.to(rank.device)[:, None])
-        self.visual = torch.zeros(shape)
+        self.visual = torch.zeros(prefill.shape)
 
     def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return partial(self.attend, layer)
@@ -83,6 +87,12 @@ class Observer:
         return rearrange(out, "b h g d -> b (h g) 1 d")
 
 
+def check_prunes(config: HybridConfig) -> None:
+    """Refuses a budget that leaves nothing to measure."""
+    if config.budget == 1:
+        raise ValueError("a budget of 1 prunes nothing: give a smaller one")
+
+
 @torch.no_grad()
 def calibrate(
     model: Model, prompts: Sequence[Prompt], config: HybridConfig, eos: Sequence[int], new_tokens: int, name: str = ""
@@ -92,8 +102,7 @@ def calibrate(
     Raises:
         ValueError: nothing to measure: a budget that prunes nothing, or no prompt that got an answer.
     """
-    if config.budget == 1:
-        raise ValueError("a budget of 1 prunes nothing: give a smaller one")
+    check_prunes(config)
     need, visual = [], []
     for prompt in tqdm(prompts, desc="prompts", leave=False, disable=None):
         prefill = Prefill(prompt.prunable, config, spans=prompt.spans)
@@ -103,7 +112,8 @@ def calibrate(
         while len(divergence) < new_tokens and int(token) not in eos:
             at = torch.full((observer.variants,), position + len(divergence), device=token.device)
             logits = model.step(token.expand(observer.variants), at, observer).float().log_softmax(-1)  # (variants, V)
-            divergence.append((logits[0].exp() * (logits[0] - logits[1:])).sum(-1).cpu())
+            kl = (logits[0].exp() * (logits[0] - logits[1:])).sum(-1)
+            divergence.append(kl.clamp(min=0).cpu())  # below 0 only by rounding
             token = logits[0].argmax()
         if divergence:
             need.append(torch.stack(divergence).mean(0).view_as(observer.visual))
@@ -113,48 +123,115 @@ def calibrate(
     return HeadProfile(torch.stack(need).mean(0), torch.stack(visual).mean(0), len(need), name)
 
 
-def read_samples(file: Path, processor: Processor) -> list[Prompt]:
-    """One prompt a line; see the module."""
+def read_samples(file: Path, processor: Processor, new_tokens: int) -> list[Prompt]:
+    """One prompt a line; see the module.
+
+    Raises:
+        InputError: a line is no sample, or what it names can't be read; the message has its number.
+    """
+    prompts = []
+    for n, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = sample(line)
+            prompt = processor(row["prompt"], images=row.get("images", []), context=row.get("context", ""))
+            check_length(prompt, new_tokens, processor.cfg.max_position_embeddings)
+        except ValueError as e:
+            raise InputError(f"{file}, line {n}: {e}") from e
+        prompts.append(prompt)
+    return prompts
+
+
+def sample(line: str) -> dict:
+    """A line of the samples. Nothing in it is left unread: what has no meaning here is refused."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        if len(pairs) > len(dict(pairs)):
+            raise ValueError("a key is there twice")
+        return dict(pairs)
+
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as e:
-        raise InputError(f"{file} can't be read as JSON lines: {e}") from e
-    if not rows or not all(isinstance(row, dict) and "prompt" in row for row in rows):
-        raise InputError(f'{file} must hold one JSON object with a "prompt" on each line')
-    return [processor(row["prompt"], images=row.get("images", ()), context=row.get("context", "")) for row in rows]
+        row = json.loads(line, object_pairs_hook=unique)
+    except RecursionError:
+        row = None
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise ValueError('must hold one JSON object with a "prompt"')
+    if unknown := sorted(row.keys() - {"prompt", "images", "context"}):
+        raise ValueError(f"unknown key {unknown[0]!r}: a sample has prompt, images and context")
+    images = row.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError("images must be a list of file names")
+    for key in ("prompt", "context"):
+        if not isinstance(row.get(key, ""), str):
+            raise ValueError(f"{key} must be a text")
+    return row
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A new file that takes the place of `file` at the end, unless something goes wrong.
+
+    It is made at once, so that a folder that is missing or can't be written to is found before the work is done.
+    """
+    try:
+        file = file.resolve()  # a link stays one
+        usable = not file.exists() or (file.is_file() and os.access(file, os.W_OK))
+        new = file.with_name(f".hybridkv-{os.getpid()}.tmp")
+        if usable:
+            new.touch()
+    except (OSError, RuntimeError, ValueError) as e:  # links in a circle; a NUL, or no name at all
+        raise InputError(f"--out {file} can't be written: {getattr(e, 'strerror', e)}") from e
+    if not usable:
+        raise InputError(f"--out {file} is no file that can be replaced")
+    try:
+        yield new
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def build_parser() -> Parser:
+    parser = Parser("calibrate", __doc__)
+    add = parser.add_argument
+    add("--model", metavar="NAME", required=True, help="a checkpoint folder, a Hub name, or demo: the bundled one")
+    add("--prompts", metavar="FILE", type=Path, help="sample prompts, JSON lines (default for demo: the bundled demos)")
+    add("--out", metavar="FILE", type=Path, required=True, help="the profile, a small JSON file; replaced if it exists")
+    add("--budget", metavar="B", type=float, default=0.1, help="what heads are pruned to, in (0, 1) (default: 0.1)")
+    add(
+        "--new-tokens",
+        metavar="N",
+        type=positive,
+        default=NEW_TOKENS,
+        help=f"longest answer looked at (default: {NEW_TOKENS})",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does. All that can be refused without the model is refused first."""
+    config, device = HybridConfig(budget=args.budget, strict=False), choose_device(args.device)
+    check_prunes(config)
+    if args.prompts is None and args.model != "demo":
+        raise InputError("--prompts is missing: only the bundled model has samples of its own")
+    with replacing(args.out) as file:
+        folder = demos.MODEL if args.model == "demo" else args.model
+        processor = Processor.from_pretrained(folder)
+        if args.prompts is None:
+            prompts = [processor(demo.prompt, images=demo.images) for demo in demos.by_name().values()]
+        else:
+            prompts = read_samples(args.prompts, processor, args.new_tokens)
+        model = from_pretrained(folder, dtype=torch.float32 if device.type == "cpu" else None, device=device)
+        profile = calibrate(model, prompts, config, model.cfg.eos_token_id, args.new_tokens, args.model)
+        profile.save(file)
+    print(f"{args.out}: {profile.need.shape[0]} layers x {profile.need.shape[1]} KV heads, {profile.prompts} prompts")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m hybridkv.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="a checkpoint folder, a Hub name, or demo: the bundled one")
-    parser.add_argument("--prompts", type=Path, help="sample prompts, JSON lines")
-    parser.add_argument("--out", type=Path, required=True, help="the profile, a small JSON file")
-    parser.add_argument("--budget", type=float, default=0.1, help="what heads are pruned to (default: 0.1)")
-    parser.add_argument(
-        "--new-tokens", type=int, default=NEW_TOKENS, help=f"longest answer looked at (default: {NEW_TOKENS})"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    try:
-        folder = demos.MODEL if args.model == "demo" else args.model
-        processor = Processor.from_pretrained(folder)
-        if args.prompts:
-            prompts = read_samples(args.prompts, processor)
-        elif args.model == "demo":
-            prompts = [processor(demo.prompt, images=demo.images) for demo in demos.load().values()]
-        else:
-            raise InputError("--prompts is missing: only the bundled model has samples of its own")
-        config = HybridConfig(budget=args.budget, strict=False)
-        model = from_pretrained(folder, dtype=torch.float32 if args.device == "cpu" else None, device=args.device)
-        profile = calibrate(model, prompts, config, model.cfg.eos_token_id, args.new_tokens, args.model)
-    except (CheckpointError, InputError, ValueError) as e:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(e).split())}\n")
-    profile.save(args.out)
-    print(f"{args.out}: {profile.need.shape[0]} layers x {profile.need.shape[1]} KV heads, {profile.prompts} prompts")
+    parser = build_parser()
+    with one_line_errors(parser, "use shorter samples, with smaller pictures"):
+        run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+from hybridkv.planning.head_profile import HeadProfile
+
 SKETCH_FLOOR = 32  # a quarter of head_dim is too coarse for heads of 64 (SmolLM2) and 32 (the bundled model)
 
 WORD = 4  # dimensions of a key sketch that share an int32
 
 CHOICES = {
-    "classifier": ("focus", "ranks", "threshold", "profile", "random", "reversed"),
-    "head_weight": ("uniform", "context"),
+    "classifier": ("focus", "profile", "threshold"),
     "retrieval": ("sketch", "bound", "exact"),
     "group": ("mean", "max"),
     "score": ("max", "mean"),
@@ -25,26 +26,22 @@ class HybridConfig:
         strict: what happens if the budget can't hold what must be kept, as with short prompts: True raises
             `BudgetError`, False keeps what must be kept and no more.
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
-        classifier: how heads are told apart: `focus` (see `LayerProfile`), `ranks` (of context mass and movement),
-            `threshold` (the paper's fixed one), `profile` (an offline head profile); `random` and `reversed` (of
-            `focus`) are there to be beaten.
+        classifier: how heads are told apart: `focus` (see `LayerProfile`), `profile` (the offline head profile), or
+            `threshold` (the paper's fixed one). What it was compared with is in `planning/variants.py`.
         dynamic_share: share of KV heads, over all layers, that are dynamic, one at least unless it is 0; `threshold`
             does not look at it.
         threshold: a head is static when at least this share of its attention is settled once the prompt is read (see
             `classify.settled_share`). The paper's is 0.9.
-        head_profile: file of an offline profile (`python -m hybridkv.calibrate`), where one is needed.
+        head_profile: an offline profile (`python -m hybridkv.calibrate`), where one is needed.
         dynamic_weight: pages of a dynamic head for each page of a static head (the paper's coefficient between types).
-        head_weight: a head's claim within its type: `uniform`, or `context`, in proportion to the share of its
-            attention that falls on the context, at least CONTEXT_FLOOR.
-        retrieval: how chunks are summed up for scoring: `sketch`, `bound`, or `exact`, an oracle that scores with the
-            keys themselves and is charged what the sketch would cost (see `retrieve`).
+        retrieval: how chunks are summed up for scoring: by a `sketch` of their keys (`cache/sketch.py`), by their
+            `bound` (`cache/bounds.py`), or, to compare with, by the `exact` keys (`cache/exact.py`).
         group: how a KV head's query heads agree on a chunk: `mean` or `max` of the shares they would give it.
         tiles: a picture's chunks are tiles, 4 x 4 tokens for a page of 16, instead of runs of its raster lines.
         sketch_rank: dimensions of the int8 key sketch, a multiple of 4; None takes SKETCH_FLOOR, but at least a quarter
             and at most half of head_dim, rounded up.
         window: the prompt's last text queries that the profile looks at, and as many of a context that is text; for
             `focus` also how many tokens back is far.
-        top_share: share of the prunable tokens in a query's top set, for the overlap between queries.
         score: what a token is worth to a static head: the `max` or the `mean` over the window's queries and the group.
         pool: width of the neighbourhood in text whose best score, times `pool_weight`, a token may claim instead of its
             own before heads are pruned; odd, 1 is none.
@@ -61,15 +58,13 @@ class HybridConfig:
     classifier: str = "focus"
     dynamic_share: float = 0.25
     threshold: float = 0.9
-    head_profile: str | None = None
+    head_profile: HeadProfile | None = None
     dynamic_weight: float = 2.0
-    head_weight: str = "uniform"
     retrieval: str = "sketch"
     group: str = "mean"
     tiles: bool = False
     sketch_rank: int | None = None
     window: int = 32
-    top_share: float = 0.1
     score: str = "max"
     pool: int = 15
     pool_weight: float = 0.2
@@ -89,13 +84,14 @@ class HybridConfig:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if not isinstance(self.head_profile, HeadProfile | None):
+            raise TypeError(f"head_profile takes a HeadProfile: HeadProfile.load({self.head_profile!r})")
         check(0 <= self.dynamic_share <= 1, f"dynamic_share must lie in [0, 1], got {self.dynamic_share}")
         check(0 <= self.threshold <= 1, f"threshold must lie in [0, 1], got {self.threshold}")
         check(self.dynamic_weight > 0, f"dynamic_weight must be positive, got {self.dynamic_weight}")
         rank = WORD if self.sketch_rank is None else self.sketch_rank
         check(rank > 0 and rank % WORD == 0, f"sketch_rank must be a positive multiple of {WORD}, got {rank}")
         check(self.window > 0, f"window must be positive, got {self.window}")
-        check(0 < self.top_share <= 1, f"top_share must lie in (0, 1], got {self.top_share}")
         for name in ("pool", "pool_side"):
             width = getattr(self, name)
             check(width > 0 and width % 2 == 1, f"{name} must be odd and positive, got {width}")

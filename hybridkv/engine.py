@@ -1,18 +1,23 @@
-"""Decoding: one compiled graph for every token, from the embedding to the next token's number.
+"""The engine: reads prompts into a cache, then decodes.
 
-`Engine` ties it together: prefill, plan, load, then `decode_step` over and over. It works with any model that has
+    engine = Engine(model, HybridConfig(budget=0.1))
+    for result in engine.generate(prompts): ...
+
+It works with any model that has
 
     prefill(prompt, kv) -> logits (1, V), next position     and     step(token, position, kv) -> logits (B, V)
 
-where prompts have `input_ids` (T,) and `prunable` (T,), and perhaps `spans` (where pictures lie), and
-`kv[layer](q, k, v)` is a layer's attention.
+where prompts have `input_ids` (T,), and perhaps `prunable` (T,) and `spans` (where pictures lie), and
+`kv[layer](q, k, v)` is a layer's attention. If the model has `n_layers`, too, and the policy needs not see a prompt to
+plan it, no more than one layer of it is ever held in full; else no more than one prompt.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -21,54 +26,13 @@ from hybridkv.cache.attention import check_pool
 from hybridkv.cache.capacity import Capacity, bucket
 from hybridkv.cache.dense import DenseCache
 from hybridkv.cache.hybrid import CacheBytes, HybridCache
-from hybridkv.cache.pack import Placement
+from hybridkv.cache.pack import Kept, keep
 from hybridkv.config import HybridConfig
-from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.plan import Plan, full_plan, known_plan, layer_order
+from hybridkv.decode import DecodeState, compiled_step, decode_step
+from hybridkv.planning.plan import Plan, check_plan, full_plan
 from hybridkv.planning.policies import POLICIES
-from hybridkv.planning.prefill import Prefill, outline
-from hybridkv.sampling import Sampling, sample
-
-# Else the compile cache on disk would refuse graphs with a loop (`retrieve.best_chunks`). Its key covers their bodies.
-CPU_OPTIONS = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__}}
-
-
-class DecodeState(nn.Module):
-    """What a step reads and writes beside the cache. Buffers, so that CUDA graphs can keep their addresses."""
-
-    def __init__(self, batch: int, new_tokens: int, eos: Sequence[int], device: torch.device):
-        super().__init__()
-
-        def buffer(name: str, value: Tensor) -> None:
-            self.register_buffer(name, value.to(device), persistent=False)
-
-        buffer("token", torch.zeros(batch, dtype=torch.int64))
-        buffer("position", torch.zeros(batch, dtype=torch.int64))
-        buffer("active", torch.zeros(batch, dtype=torch.bool))
-        buffer("count", torch.zeros(1, dtype=torch.int64))  # tokens chosen so far
-        buffer("noise", torch.zeros(new_tokens, batch))
-        buffer("temperature", torch.ones(()))
-        buffer("top_p", torch.ones(()))
-        buffer("eos", torch.tensor(eos or [-1]))
-
-    def choose(self, logits: Tensor, greedy: bool) -> Tensor:
-        """The next token (B,), which becomes the current one; a sequence that reaches its end is no longer active."""
-        if greedy:
-            token = logits.argmax(-1)
-        else:
-            token = sample(logits, self.temperature, self.top_p, self.noise.index_select(0, self.count)[0])
-        self.active.logical_and_((token[:, None] != self.eos).all(-1))
-        self.token.copy_(token)
-        self.count.add_(1)
-        return token
-
-
-def decode_step(model: nn.Module, cache: HybridCache | DenseCache, state: DecodeState, greedy: bool) -> Tensor:
-    """One token for every sequence: (B,) int64. The whole of it is one graph."""
-    logits = model.step(state.token, state.position, cache)
-    cache.advance(state.active)
-    state.position.add_(state.active)
-    return state.choose(logits, greedy)
+from hybridkv.planning.prefill import NotRead, Prefill, all_but_question
+from hybridkv.sampling import Sampling
 
 
 @dataclass
@@ -86,6 +50,7 @@ class Stats:
     Attributes:
         static_heads, dynamic_heads: KV heads over all layers and sequences.
         attended_tokens: prompt tokens that a step reads, mean over heads and sequences.
+        bytes: of the cache; None for `dense`.
         ttft_s: from the start to the first token, prefill, plan and compression included.
         compile_s: the first decoding step beyond the time of a later one; 0 when nothing was compiled.
         ms_per_token: median milliseconds of a decoding step after the first; with CUDA graphs after the second, too,
@@ -103,6 +68,8 @@ class Stats:
 
 class Engine:
     """Generates with one model and one policy; keeps its cache and compiled step from prompt to prompt.
+
+    One generation at a time: a new one ends the one before it, whose `stream` raises when it is asked to go on.
 
     Args:
         model: see the module.
@@ -132,87 +99,109 @@ class Engine:
         self.stats = Stats()
         self.compile = compile
         self._decode_step = decode_step
+        self._lock = threading.Lock()  # held while something is computed, not between two tokens
+        self._stream: object | None = None  # the generation that the cache belongs to
 
-    def prefill(
-        self, prompts: Sequence, on_layer: Callable[[], None] | None = None
-    ) -> tuple[list[Prefill], Tensor, list[int]]:
-        """Reads the prompts one by one: their records, the next token's logits (B, V) and positions."""
-        prefills = [Prefill(p.prunable, self.config, on_layer, getattr(p, "spans", ())) for p in prompts]
-        read = [self.model.prefill(prompt, prefill) for prompt, prefill in zip(prompts, prefills, strict=True)]
-        logits, positions = zip(*read, strict=True)
-        return prefills, torch.cat(logits), list(positions)
+    def plan(self, prefill: Prefill) -> Plan:
+        """What this engine keeps of a prompt.
 
-    def load(self, prefills: list[Prefill], new_tokens: int) -> None:
-        """Plans and packs the prompts; makes a new cache only if the last one can't hold them."""
-        if self.policy == "dense":
-            slots, batch = max(len(p.prunable) for p in prefills) + new_tokens, len(prefills)
-            if not self.cache or self.cache.slots < slots or len(self.cache.length) != batch:
-                self.cache = None
-                self.cache = DenseCache(slots, batch, prefills[0])
-                self._compile()
-            self._count_heads([full_plan(p) for p in prefills])
-            self.cache.load(prefills, new_tokens)
-            return
-        make_plan = self.policy if callable(self.policy) else POLICIES[self.policy]
-        plans = [make_plan(p) for p in prefills]
-        self._make_room(plans, new_tokens, prefills[0])
-        self.cache.load(prefills, plans, new_tokens)
+        Raises:
+            BudgetError: the budget can't hold what must be kept, or the policy's plan is over it; see `config.strict`.
+            ValueError: the policy's plan breaks the rules, see `check_plan`.
+        """
+        if self.policy in ("full", "dense"):
+            return full_plan(prefill)
+        plan = (self.policy if callable(self.policy) else POLICIES[self.policy])(prefill)
+        check_plan(plan, prefill)
+        return plan
 
-    @property
-    def plans_ahead(self) -> bool:
-        """Whether prompts can be planned before they are read: an offline profile knows the heads."""
-        config = self.config
-        return self.policy == "hybridkv" and config.classifier == "profile" and config.head_weight == "uniform"
-
-    def prefill_into_cache(
+    def read(
         self, prompts: Sequence, new_tokens: int, on_layer: Callable[[], None] | None = None
     ) -> tuple[Tensor, list[int]]:
-        """`prefill` and `load` in one, for prompts that can be planned ahead: each layer is packed as it is read.
+        """Reads the prompts one by one, and packs each into the cache before the next is read.
 
-        Beside the cache, only one layer of one prompt is ever held in full.
+        Each is planned as early as the policy allows. Planned before it is read, each layer is packed as soon as it
+        was read. If the policy wants to see the whole prompt first, what it keeps waits for the cache, whose size is
+        known once all prompts are planned.
+
+        Args:
+            new_tokens: that may be generated for each.
+            on_layer: called after each layer of each prompt, for progress.
 
         Returns:
             the next token's logits (B, V) and positions.
-
-        Raises:
-            ValueError: the head profile is for another model.
         """
-        layers = len(HeadProfile.load(self.config.head_profile).need)
-        placement: Placement | None = None
+        plans: list[Plan] = []
+        ahead = False
 
-        def pack(b: int) -> None:
-            nonlocal placement
+        def layer_was_read(b: int) -> None:
+            nonlocal ahead
             prefill, layer = prefills[b], len(prefills[b].layers) - 1
-            if layer >= layers:
-                raise ValueError(f"{self.config.head_profile} profiles {layers} layers, this model has more")
-            if placement is None:
-                outlines = [outline(p.prunable, self.config, layers, prefill.layers[0], p.spans) for p in prefills]
-                plans = [known_plan(record) for record in outlines]
-                self._make_room(plans, new_tokens, outlines[0])
-                placement = self.cache.reserve(plans, new_tokens)
-            self.cache.pack(placement, b, prefill, layer, layer_order(prefill, layer))
+            if (b, layer) == (0, 0) and (n_layers := getattr(self.model, "n_layers", None)):
+                try:
+                    plans.extend(self.plan(p.outline(n_layers, prefill.like)) for p in prefills)
+                    ahead = True
+                    self._make_room(plans, new_tokens, prefill.outline(n_layers, prefill.like))
+                except NotRead:
+                    plans.clear()
+            if ahead:
+                self.cache.pack(b, layer, keep(plans[b], prefill, layer))
             if on_layer:
                 on_layer()
 
-        prefills = [
-            Prefill(p.prunable, self.config, partial(pack, b), getattr(p, "spans", ())) for b, p in enumerate(prompts)
-        ]
-        read = [self.model.prefill(prompt, prefill) for prompt, prefill in zip(prompts, prefills, strict=True)]
-        if len(prefills[0].layers) < layers:
-            raise ValueError(f"{self.config.head_profile} profiles {layers} layers, this model has fewer")
-        logits, positions = zip(*read, strict=True)
-        return torch.cat(logits), list(positions)
+        prefills = [self._record(prompt, partial(layer_was_read, b)) for b, prompt in enumerate(prompts)]
+        logits, positions, waiting = [], [], []
+        for b, (prompt, prefill) in enumerate(zip(prompts, prefills, strict=True)):
+            next_logits, position = self.model.prefill(prompt, prefill)
+            logits.append(next_logits)
+            positions.append(position)
+            if not ahead:
+                plans.append(self.plan(prefill))
+                kept = map(partial(keep, plans[b], prefill), range(len(prefill.layers)))
+                # The next prompt needs the room that this one's full cache takes; the last one's is packed from it.
+                waiting.append(kept if b + 1 == len(prompts) else list(kept))
+        if not ahead:
+            self._fill(plans, waiting, new_tokens, prefills[0])
+        return torch.cat(logits), positions
+
+    def load(self, prefills: Sequence[Prefill], new_tokens: int) -> None:
+        """Plans and packs prompts that somebody else has read. Their dense keys and values are freed."""
+        plans = [self.plan(prefill) for prefill in prefills]
+        layers = range(len(prefills[0].layers))
+        kept = [map(partial(keep, *each), layers) for each in zip(plans, prefills, strict=True)]
+        self._fill(plans, kept, new_tokens, prefills[0])
+
+    def _fill(self, plans: list[Plan], kept: list[Iterable[Kept]], new_tokens: int, like: Prefill) -> None:
+        self._make_room(plans, new_tokens, like)
+        for b in range(len(kept)):
+            for layer, of_layer in enumerate(kept[b]):
+                self.cache.pack(b, layer, of_layer)
+            kept[b] = ()  # it lies in the cache now
+
+    def _record(self, prompt: object, on_layer: Callable[[], None]) -> Prefill:
+        prunable = getattr(prompt, "prunable", None)
+        if prunable is None:
+            prunable = all_but_question(len(prompt.input_ids), self.config)
+        return Prefill(prunable, self.config, on_layer, getattr(prompt, "spans", ()))
 
     def _make_room(self, plans: list[Plan], new_tokens: int, like: Prefill) -> None:
-        """A paged cache that can hold these plans: the one that is there, or a new one."""
-        capacity = Capacity.of(plans, new_tokens)
-        if not self.cache or self.cache.batch != len(plans) or not self.cache.capacity.covers(capacity):
-            if self.compile:
-                key = like.layers[0].k
-                check_pool(capacity.n_pages * self.config.page_size * key.shape[-1], key.device)
-            self.cache = None  # free the old pool before the new one is made
-            self.cache = HybridCache(capacity, len(plans), like)
-            self._compile()
+        """Reserves a cache for these plans: the one that is there, or a new one if that can't hold them."""
+        batch, fits = len(plans), self.cache is not None and self.cache.batch == len(plans)
+        if self.policy == "dense":
+            slots = max(plan.tokens for plan in plans) + new_tokens
+            if not fits or self.cache.slots < slots:
+                self.cache = None  # free the old tensors before new ones are made
+                self.cache = DenseCache(slots, batch, like)
+                self._compile()
+        else:
+            capacity = Capacity.of(plans, new_tokens)
+            if not fits or not self.cache.capacity.covers(capacity):
+                if self.compile:
+                    check_pool(capacity.n_pages * self.config.page_size * like.like.shape[-1], like.like.device)
+                self.cache = None
+                self.cache = HybridCache(capacity, batch, like)
+                self._compile()
+        self.cache.reserve(plans, new_tokens)
         self._count_heads(plans)
 
     def _count_heads(self, plans: list[Plan]) -> None:
@@ -221,7 +210,6 @@ class Engine:
         self.stats.static_heads = dynamic.numel() - self.stats.dynamic_heads
         self.stats.attended_tokens = float(torch.stack([plan.attended for plan in plans]).double().mean())
 
-    @torch.no_grad()
     def stream(
         self,
         prompts: Sequence,
@@ -239,33 +227,52 @@ class Engine:
 
         Raises:
             BudgetError: the budget can't hold what must be kept.
+            RuntimeError: when it goes on after the engine began another generation, or while another thread uses it.
         """
-        sampling, batch = sampling or Sampling(), len(prompts)
+        batch = len(prompts)
         limits = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if not batch or len(limits) != batch or min(limits) < 1:
             raise ValueError("stream wants at least one prompt, and at least one new token for each")
-        start, self.stats = time.perf_counter(), Stats()
-        if self.plans_ahead:
-            logits, positions = self.prefill_into_cache(prompts, max(limits), on_layer)
-        else:
-            prefills, logits, positions = self.prefill(prompts, on_layer)
-            self.load(prefills, max(limits))
-        self.begin(positions, max(limits), sampling, logits.device)
-        token = self.state.choose(logits, self.greedy)
-        times, alive, begun = [], list(range(batch)), start
-        for n in range(max(limits)):
-            token_ids = token.tolist()  # the one place where the host waits
-            if n == 0:
-                self.stats.ttft_s = time.perf_counter() - start
-            else:
-                times.append(time.perf_counter() - begun)
-            yield [token_ids[b] if b in alive else None for b in range(batch)]
-            alive = [b for b in alive if token_ids[b] not in self.eos and n + 1 < limits[b]]
+        return self._generate(prompts, limits, sampling or Sampling(), on_layer)
+
+    @torch.no_grad()
+    def _generate(
+        self, prompts: Sequence, limits: list[int], sampling: Sampling, on_layer: Callable[[], None] | None
+    ) -> Iterator[list[int | None]]:
+        start, mine = time.perf_counter(), object()
+        with self._alone():
+            self._stream, self.stats = mine, Stats()
+            logits, positions = self.read(prompts, max(limits), on_layer)
+            self.begin(positions, max(limits), sampling, logits.device)
+            token = self.state.choose(logits, self.greedy).tolist()
+            self.stats.ttft_s = time.perf_counter() - start
+        times, alive = [], list(range(len(prompts)))
+        for n in range(1, max(limits) + 1):
+            yield [token[b] if b in alive else None for b in range(len(prompts))]
+            alive = [b for b in alive if token[b] not in self.eos and n < limits[b]]
             if not alive:
                 break
-            begun = time.perf_counter()
-            token = self.step()
-        slow = 2 if self.compile and logits.is_cuda else 1  # steps that compile and record
+            with self._alone():
+                if self._stream is not mine:
+                    raise RuntimeError("this engine has begun another generation, which ended this one")
+                begun = time.perf_counter()
+                token = self.step().tolist()  # the one place where the host waits
+                times.append(time.perf_counter() - begun)
+        with self._alone():
+            if self._stream is mine:
+                self._measure(times, slow=2 if self.compile and logits.is_cuda else 1)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this engine is at work in another thread: use an engine for each")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _measure(self, times: list[float], slow: int) -> None:
+        """Fills in `stats` at the end; the first `slow` steps compile and record."""
         if len(times) > slow:
             typical = float(torch.tensor(times[slow:]).median())
             self.stats.ms_per_token = typical * 1e3
@@ -294,11 +301,9 @@ class Engine:
         return self._decode_step(self.model, self.cache, self.state, self.greedy)
 
     def _compile(self) -> None:
-        """For a cache or state of a new size. Its own code object keeps other sizes' graphs out of Dynamo's count."""
+        """For a cache or state of a new size."""
         if self.compile:
-            step = FunctionType(decode_step.__code__.replace(), decode_step.__globals__)
-            how = {"mode": "reduce-overhead"} if next(self.cache.buffers()).is_cuda else {"options": CPU_OPTIONS}
-            self._decode_step = torch.compile(step, fullgraph=True, dynamic=False, **how)
+            self._decode_step = compiled_step(next(self.cache.buffers()).device)
 
     def generate(
         self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, sampling: Sampling | None = None

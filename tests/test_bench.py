@@ -18,7 +18,8 @@ from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, calibrate
 from hybridkv.model import Processor
 from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.plan import Plan, budgeted_plan, static_scores
+from hybridkv.planning.plan import Plan, budgeted_plan, static_score
+from hybridkv.planning.variants import random_heads
 from tests.lab import prompt
 
 # bench.quality
@@ -74,7 +75,9 @@ def test_a_second_turn_is_fed_through_the_compressed_cache(model):
 
 def test_variants_name_policies_and_fields():
     variant = judge.parse_variant("hybridkv:pool=1,dynamic_share=0.25,classifier=random")
-    assert (variant.policy, variant.config.pool, variant.config.classifier) == ("hybridkv", 1, "random")
+    assert (variant.policy, variant.config.pool) == (random_heads, 1)
+    assert variant.described() == {**asdict(variant.config), "classifier": "random"}
+    assert judge.parse_variant("hybridkv:head_weight=context").described()["head_weight"] == "context"
     assert judge.parse_variant("quest").config.retrieval == "bound"
     named = {text: judge.variants_at(text, [0.1, 0.2], "h.json") for text in ("snapkv", "full", "snapkv:budget=0.3")}
     assert [[(v.name, v.config.budget) for v in each] for each in named.values()] == [
@@ -83,7 +86,7 @@ def test_variants_name_policies_and_fields():
         [("snapkv", 0.3)],
     ]
     (variant,) = judge.variants_at("hybridkv:pool=1,budget=0.3,classifier=profile", [0.1], "h.json")
-    assert (variant.name, variant.config.head_profile) == ("hybridkv:pool=1,classifier=profile", "h.json")
+    assert (variant.name, variant.head_profile) == ("hybridkv:pool=1,classifier=profile", "h.json")
 
 
 @pytest.mark.parametrize("file", ["demo", "demo-again", "smollm2", "qwen"])
@@ -95,7 +98,7 @@ def test_published_rows_are_what_their_commands_would_measure_today(file):
     for row in rows:
         budgets, profile = [row["budget"]], row["config"]["head_profile"]
         (variant,) = judge.variants_at(row["policy"], budgets, profile)
-        assert variant.name == row["policy"] and json.dumps(asdict(variant.config)) == json.dumps(row["config"])
+        assert variant.name == row["policy"] and json.dumps(variant.described()) == json.dumps(row["config"])
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,10 @@ def test_published_rows_are_what_their_commands_would_measure_today(file):
         ("hybridkv:tiles=yes", "tiles takes bool"),
         ("hybridkv:sketch_rank=high", r"sketch_rank takes int \| None"),
         ("hybridkv:classifier=1", "classifier takes str"),
+        ("hybridkv:classifier=guess", "classifier must be one of"),
+        ("snapkv:classifier=random", "variant of hybridkv"),
+        ("hybridkv:classifier=random,head_weight=context", "goes with no other"),
+        ("hybridkv:head_profile=heads.json", "no field 'head_profile'"),
     ],
 )
 def test_variants_that_make_no_sense_say_why(text, message):
@@ -260,7 +267,7 @@ def test_the_observer_prunes_one_head_of_each_variant(model):
     config = HybridConfig(budget=0.3)
     record = Prefill(prompt(300, 0).prunable, config)
     model.prefill(prompt(300, 0), record)
-    plan = budgeted_plan(record, torch.zeros(2, 2, dtype=torch.bool), static_scores(record))
+    plan = budgeted_plan(record, torch.zeros(2, 2, dtype=torch.bool), static_score)
     observer = calibrate.Observer(record)
     assert observer.variants == 5
     q, k, v = torch.randn(2, 5, 6, 1, 16), torch.randn(2, 5, 2, 1, 16), torch.randn(2, 5, 2, 1, 16)
@@ -270,8 +277,8 @@ def test_the_observer_prunes_one_head_of_each_variant(model):
         V = torch.cat([record.layers[1].v[head], *v[: step + 1, variant, head]])
         kept = torch.arange(len(K))
         if variant == 1 + 2 + head:  # of this layer, this head
-            pages = int(plan.pages[1, head]) * plan.page_size
-            kept = torch.cat([plan.order[1][head, :pages], torch.arange(300, len(K))])
+            pages = int(plan.n_read[1, head]) * plan.page_size
+            kept = torch.cat([plan.order(record, 1)[head, :pages], torch.arange(300, len(K))])
             assert len(kept) < 200
         group = slice(3 * head, 3 * head + 3)
         want = torch.softmax(q[step, variant, group, 0] @ K[kept].T / 4, -1) @ V[kept]
@@ -283,12 +290,12 @@ def test_need_is_the_divergence_of_an_answer_with_one_head_pruned(model):
     """Against the paged cache under plans that prune one head and keep the others whole."""
 
     def prune_one(layer: int, head: int, prefill: Prefill) -> Plan:
-        plan = budgeted_plan(prefill, torch.zeros(2, 2, dtype=torch.bool), static_scores(prefill))
-        pages = torch.full_like(plan.pages, plan.whole_pages)
-        pages[layer, head] = plan.pages[layer, head]
-        return replace(plan, pages=pages)
+        plan = budgeted_plan(prefill, torch.zeros(2, 2, dtype=torch.bool), static_score)
+        pages = torch.full_like(plan.n_read, plan.whole_pages)
+        pages[layer, head] = plan.n_read[layer, head]
+        return replace(plan, n_read=pages)
 
-    config, case = HybridConfig(budget=0.3), Case(prompt(300, 0), None, 7)
+    config, case = HybridConfig(budget=0.3, strict=False), Case(prompt(300, 0), None, 7)
     variants = [judge.Variant(str(at), partial(prune_one, *at), config) for at in np.ndindex(2, 2)]
     kl = [rows[0]["kl"] for _, rows in lab(model).measure([case], variants, answers=False)]
     need = calibrate.calibrate(model, [case.prompt], config, model.cfg.eos_token_id, 6).need
@@ -301,17 +308,38 @@ def test_a_profile_is_measured_saved_and_used(model, tmp_path):
     assert profile.prompts == 2 and profile.need.shape == (2, 2) and (profile.need > 0).all()
     file = tmp_path / "heads.json"
     profile.save(file)
-    again = HeadProfile.load(file, (2, 2))
+    again = HeadProfile.load(file)
     assert torch.equal(again.need, profile.need) and torch.equal(again.visual, profile.visual)
-    config = HybridConfig(budget=0.4, classifier="profile", head_profile=str(file))
+    config = HybridConfig(budget=0.4, classifier="profile", head_profile=again)
     engine = Engine(model, config, compile=False)
     engine.generate([prompt(500, 0)], 3)
     assert engine.stats.dynamic_heads == 1
-    for wrong, message in ((None, "hybridkv.calibrate"), (tmp_path / "no.json", "not a head profile")):
-        with pytest.raises(ValueError, match=message):
-            HeadProfile.load(wrong, (2, 2))
-    with pytest.raises(ValueError, match="this model has"):
-        HeadProfile.load(file, (4, 2))
+
+
+NUMBERS = [[0.1, 0.2], [0.3, 0.4]]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (None, "not a head profile"),
+        ([], "not a head profile"),
+        ({"need": NUMBERS, "visual": NUMBERS, "prompts": 1}, "lacks 'model'"),
+        ({"need": NUMBERS, "visual": NUMBERS[0], "prompts": 1, "model": ""}, "visual must be a table"),
+        ({"need": [[0.1], [0.2, 0.3]], "visual": NUMBERS, "prompts": 1, "model": ""}, "not a head profile"),
+        ({"need": [], "visual": [], "prompts": 1, "model": ""}, "need must be a table"),
+        ({"need": [[0.1, float("inf")]], "visual": [[1, 1]], "prompts": 1, "model": ""}, "finite"),
+        ({"need": [[0.1, -1]], "visual": [[1, 1]], "prompts": 1, "model": ""}, "not negative"),
+        ({"need": [["a", "b"]], "visual": [[1, 1]], "prompts": 1, "model": ""}, "not a head profile"),
+        ({"need": NUMBERS, "visual": NUMBERS, "prompts": None, "model": ""}, "not a head profile"),
+    ],
+)
+def test_files_that_are_no_head_profile_say_why(row, message, tmp_path):
+    file = tmp_path / "heads.json"
+    if row is not None:
+        file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        HeadProfile.load(file)
 
 
 def test_the_calibrate_command(vlm, tmp_path, capsys):

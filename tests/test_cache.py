@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.capacity import bucket
-from hybridkv.cache.retrieve import encode, from_words
+from hybridkv.cache.sketch import encode, from_words
 from tests.lab import Bench, attention, check, configs, kinds, plan_or_none, prompts, random_prefill, shapes
 
 examples = settings(max_examples=150, deadline=None)
@@ -48,7 +48,7 @@ def test_everything_kept_is_full_attention(mask, config, shape, steps, seed):
     if config.budget == 1:
         assert plan.whole.all()
     else:  # every lane may read all pages: what was planned as dynamic stays so, and retrieves them all
-        plan.pages[:] = plan.whole_pages
+        plan.n_read[:] = plan.whole_pages
     bench = Bench([prefill], [plan], steps, seed)
     for _ in range(min(steps, config.page_size - int(plan.fill.max()))):  # until a dynamic lane closes a page
         check(bench.step(group))
@@ -74,7 +74,7 @@ def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
         query = q.view(-1, group, dim)[lane]
         full = attention(query, k, v)
         slots = bench.slot_of[0][lane]
-        pages, n = bench.cache._pages(torch.tensor(0), q.view(-1, group, dim))
+        pages, n = bench.cache._to_read(torch.tensor(0), q.view(-1, group, dim))
         read = {*pages[lane, : n[lane]].tolist(), slots[len(k) - 1] // config.page_size}
         seen = [t for t, s in slots.items() if s // config.page_size in read]
         weights = torch.softmax(query.double() @ k.double().T * dim**-0.5, -1)
@@ -92,7 +92,7 @@ def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
     seed=st.integers(0, 99),
 )
 def test_no_slot_has_two_owners(masks, config, shape, steps, seed):
-    """Each page in use belongs to one lane, as a chunk, a fixed page or a tail; the null page to nobody."""
+    """Each page in use belongs to one lane, as a chunk, a fixed page or a tail; the null page to none."""
     heads, group, dim = shape
     assume(config.sketch_rank is None or config.sketch_rank <= dim)
     prefills = [random_prefill(config, 2, (heads, group, len(m), dim), m, seed, torch.float32) for m in masks]
@@ -129,7 +129,7 @@ def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, s
         return
     bench = Bench([prefill], [plan], 1, seed)
     cost = bench.cache.count_bytes()
-    if config.budget < 1:
+    if config.budget < 1 and not plan.no_room:
         assert cost.step <= config.budget * cost.full
     assert cost.resident <= cost.allocated
     for layer in range(layers):
@@ -139,7 +139,7 @@ def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, s
             if whole or plan.dynamic[layer, lane]:
                 assert len(bench.slot_of[layer][lane]) == len(mask)  # nothing is dropped
             else:
-                assert len(bench.slot_of[layer][lane]) == int(plan.pages[layer, lane]) * config.page_size
+                assert len(bench.slot_of[layer][lane]) == int(plan.n_read[layer, lane]) * config.page_size
     # Always-kept tokens are never left to retrieval.
     for layer, lane in plan.dynamic.nonzero().tolist():
         chunks = set(bench.cache.chunks[layer, lane, : bench.cache.n_chunks[layer, lane]].tolist())
@@ -305,6 +305,8 @@ def test_load_frees_the_dense_tensors_and_checks_its_arguments():
     cache = HybridCache(Capacity.of([plan], 8), 1, prefill)
     with pytest.raises(ValueError, match="for 1 sequences got 2"):
         cache.load([prefill, prefill], [plan, plan], 8)
+    with pytest.raises(ValueError, match="do not go with"):
+        cache.load([prefill, prefill], [plan], 8)
     with pytest.raises(ValueError, match="do not fit"):
         cache.load([prefill], [plan], 5000)
     cache.load([prefill], [plan], 8)

@@ -20,8 +20,11 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
 from hybridkv.cache.attention import attend_gathered, attend_pages, tail_first
-from hybridkv.cache.retrieve import ExactKeys, KeyBounds, KeySketch, best_chunks, select
-from hybridkv.engine import CPU_OPTIONS, DecodeState, decode_step
+from hybridkv.cache.bounds import KeyBounds
+from hybridkv.cache.exact import ExactKeys
+from hybridkv.cache.retrieve import best_chunks, select
+from hybridkv.cache.sketch import KeySketch
+from hybridkv.decode import CPU_OPTIONS, DecodeState, decode_step
 from tests.lab import prompt
 
 POOL, LAYERS, LANES, DIM = 40, 2, 3, 16

@@ -9,7 +9,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Engine, HybridConfig, attention
+from hybridkv import Engine, HybridConfig
+from hybridkv.cache import attention
 from hybridkv.cache.attention import attend_gathered, attend_pages
 from tests.lab import GPU, prompt
 

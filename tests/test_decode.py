@@ -1,6 +1,9 @@
 """The engine: batches, stops, sampling, statistics, and use from other code bases. Uncompiled."""
 
 import runpy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +14,23 @@ from torch.torch_version import TorchVersion
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Engine, HybridCache, HybridConfig, Sampling
-from hybridkv import engine as decode
+from hybridkv import (
+    BudgetError,
+    Engine,
+    HybridConfig,
+    Plan,
+    Prefill,
+    Sampling,
+    budgeted_plan,
+    engine,
+    full_plan,
+    hybrid_plan,
+)
 from hybridkv.cache.attention import WIDE, check_pool
+from hybridkv.cache.pack import keep
 from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.plan import static_score
+from hybridkv.planning.policies import POLICIES
 from hybridkv.sampling import sample
 from tests.lab import prompt
 
@@ -80,57 +96,197 @@ def test_statistics(model):
     assert engine.stats.ms_per_token is None  # nothing to measure
 
 
-@pytest.fixture
-def profiled(tmp_path):
-    """Heads of `model`, classified offline: a configuration whose prompts can be planned before they are read."""
+PROFILE = HeadProfile(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.ones(2, 2))
 
-    def config(need, **chosen) -> HybridConfig:
-        file = tmp_path / "heads.json"
-        HeadProfile(torch.tensor(need), torch.tensor(need), 1, "test").save(file)
-        return HybridConfig(budget=0.3, dynamic_share=0.5, classifier="profile", head_profile=str(file), **chosen)
 
-    return config
+def wants_to_see(policy):
+    """The same policy, which looks at the prompt before it plans."""
+
+    def look_first(prefill: Prefill) -> Plan:
+        assert all(layer.k.isfinite().all() for layer in prefill.layers)
+        return policy(prefill)
+
+    return look_first
 
 
 @pytest.mark.parametrize("tiles", [False, True])
-def test_layers_packed_as_they_are_read_give_the_same_cache(model, profiled, tiles, monkeypatch):
+@pytest.mark.parametrize("policy", [hybrid_plan, POLICIES["snapkv"], POLICIES["streaming"], POLICIES["quest"]])
+def test_planned_before_or_after_reading_the_cache_is_the_same(model, tiles, policy):
     prompts = [prompt(500, 0), prompt(420, 1)]
-    config = profiled([[0.1, 0.9], [0.8, 0.2]], tiles=tiles)
-    ahead = Engine(model, config, compile=False)
-    assert ahead.plans_ahead and not Engine(model, HybridConfig(), compile=False).plans_ahead
+    config = HybridConfig(budget=0.4, classifier="profile", head_profile=PROFILE, tiles=tiles, dynamic_share=0.5)
+    ahead, behind = (Engine(model, config, each, compile=False) for each in (policy, wants_to_see(policy)))
     tokens = ahead.generate(prompts, 20)
-    monkeypatch.setattr(Engine, "plans_ahead", False)
-    behind = Engine(model, config, compile=False)
     assert [r.token_ids for r in behind.generate(prompts, 20)] == [r.token_ids for r in tokens]
-    assert ahead.stats.bytes == behind.stats.bytes and ahead.stats.dynamic_heads == 4
+    assert ahead.stats.bytes == behind.stats.bytes
     for (name, a), b in zip(ahead.cache.named_buffers(), behind.cache.buffers(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_only_one_layer_is_held_while_prompts_are_packed(model, profiled, monkeypatch):
-    held = []
-    pack = HybridCache.pack
+@pytest.mark.parametrize(
+    "policy, layers, prompts_held",
+    [("hybridkv", 1, 0), ("dense", 1, 0), ("full", 1, 0), ("snapkv", 1, 0), ("adakv", 2, 1)],
+)
+def test_no_more_is_held_in_full_than_one_layer_or_one_prompt(model, policy, layers, prompts_held, monkeypatch):
+    """Each prompt of a batch is packed before the next is read; where the policy need not see it, each layer."""
+    records, held = [], []
 
-    def watched(cache, placement, b, prefill, layer, order):
+    class Watched(Prefill):
+        def __init__(self, *args):
+            super().__init__(*args)
+            records.append(self)
+
+        def attend(self, layer, q, k, v):
+            for other in records:
+                if other is not self:
+                    assert not any(each is not None for each in other.layers)
+            out = super().attend(layer, q, k, v)
+            return out
+
+    def watch(plan, prefill, layer):
         held.append(sum(each is not None for each in prefill.layers))
-        pack(cache, placement, b, prefill, layer, order)
-        held.append(sum(each is not None for each in prefill.layers))
+        return keep(plan, prefill, layer)
 
-    monkeypatch.setattr(HybridCache, "pack", watched)
-    layers = []
-    engine = Engine(model, profiled([[0.1, 0.9], [0.8, 0.2]]), compile=False)
-    list(engine.stream([prompt(500, 0), prompt(420, 1)], 2, on_layer=lambda: layers.append(1)))
-    assert held == [1, 0] * 4 and len(layers) == 4
+    monkeypatch.setattr(engine, "Prefill", Watched)
+    monkeypatch.setattr(engine, "keep", watch)
+    config = HybridConfig(budget=0.4, classifier="profile", head_profile=PROFILE)
+    read = []
+    list(
+        Engine(model, config, policy, compile=False).stream(
+            [prompt(500, 0), prompt(420, 1), prompt(300, 2)], 2, on_layer=lambda: read.append(1)
+        )
+    )
+    assert held == ([1] * 6 if layers == 1 else [2, 1] * 3) and len(read) == 6
 
 
-def test_a_head_profile_of_another_model_is_refused(model, profiled):
-    for need, message in (
-        ([[0.1, 0.9]], "has more"),
-        ([[0.1, 0.9]] * 3, "has fewer"),
-        ([[0.1, 0.9, 0.3]] * 2, "this model has"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Engine(model, profiled(need), compile=False).generate([prompt(500, 0)], 2)
+def test_models_that_do_not_say_how_deep_they_are_are_planned_after_reading(model):
+    class Nameless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def prefill(self, prompt, kv):
+            return self.inner.prefill(prompt, kv)
+
+        def step(self, token, position, kv):
+            return self.inner.step(token, position, kv)
+
+    for policy in ("dense", "full", "snapkv", "hybridkv"):
+        expected = Engine(model, HybridConfig(budget=0.4), policy, compile=False).generate([prompt(400, 0)], 8)
+        found = Engine(Nameless(), HybridConfig(budget=0.4), policy, compile=False).generate([prompt(400, 0)], 8)
+        assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+
+
+def test_prompts_without_a_mask_are_pruned_but_for_their_end(model):
+    """Also in a batch, and planned before they are read."""
+    bare = [Bare(prompt(n, n).input_ids) for n in (400, 300)]
+    masked = [Masked(p.input_ids, torch.arange(len(p.input_ids)) < len(p.input_ids) - 32) for p in bare]
+    for config in (HybridConfig(budget=0.4), HybridConfig(budget=0.4, classifier="profile", head_profile=PROFILE)):
+        engines = [Engine(model, config, compile=False) for _ in range(2)]
+        without, with_mask = (e.generate(p, 10) for e, p in zip(engines, (bare, masked), strict=True))
+        assert [r.token_ids for r in without] == [r.token_ids for r in with_mask]
+        assert engines[0].stats.bytes == engines[1].stats.bytes
+
+
+@dataclass
+class Bare:
+    """The least that a prompt is."""
+
+    input_ids: torch.Tensor
+    grids: tuple = ()
+    seconds_per_grid: tuple = ()
+
+
+@dataclass
+class Masked(Bare):
+    prunable: torch.Tensor = None
+
+    def __init__(self, input_ids, prunable):
+        self.input_ids, self.prunable = input_ids, prunable
+
+
+def test_a_head_profile_of_another_model_is_refused(model):
+    for need in ([[0.1, 0.9]], [[0.1, 0.9]] * 3, [[0.1, 0.9, 0.3]] * 2):
+        config = HybridConfig(classifier="profile", head_profile=HeadProfile(torch.tensor(need), torch.tensor(need)))
+        with pytest.raises(ValueError, match="this model has"):
+            Engine(model, config, compile=False).generate([prompt(500, 0)], 2)
+    with pytest.raises(ValueError, match=r"hybridkv\.calibrate"):
+        Engine(model, HybridConfig(classifier="profile"), compile=False).generate([prompt(500, 0)], 2)
+    with pytest.raises(TypeError, match=r"HeadProfile\.load\('heads\.json'\)"):
+        HybridConfig(head_profile="heads.json")
+
+
+def spendthrift(prefill: Prefill) -> Plan:
+    """Half of what there is, whatever the budget."""
+    plan = full_plan(prefill)
+    return replace(plan, n_read=plan.n_read // 2, score=static_score)
+
+
+def test_every_plan_is_held_to_the_budget(model):
+    strict = Engine(model, HybridConfig(budget=0.2), spendthrift, compile=False)
+    with pytest.raises(BudgetError, match=r"takes 0\.5\d+ of the full cache, the budget is 0\.2"):
+        strict.generate([prompt(600, 0)], 2)
+    lax = Engine(model, HybridConfig(budget=0.2, strict=False), spendthrift, compile=False)
+    lax.generate([prompt(600, 0)], 2)
+    assert lax.stats.bytes.step > 0.5 * lax.stats.bytes.full  # it shows
+    with pytest.raises(BudgetError, match="takes 1"):  # keeping everything is no way around it
+        Engine(model, HybridConfig(budget=0.2), lambda p: full_plan(p), compile=False).generate([prompt(600, 0)], 2)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda plan: None, "must return a Plan, got NoneType"),
+        (lambda plan: replace(plan, page_size=32), "page_size is 32"),
+        (lambda plan: replace(plan, prunable=~plan.prunable), "prunable is not the prompt's"),
+        (lambda plan: replace(plan, dynamic=plan.dynamic.long()), "dynamic must be torch.bool"),
+        (lambda plan: replace(plan, n_read=plan.n_read[:1]), "n_read must be torch.int64"),
+        (lambda plan: replace(plan, n_read=plan.n_read.float()), "n_read must be torch.int64"),
+        (lambda plan: replace(plan, n_read=plan.n_read * 0), "too few pages"),
+        (lambda plan: replace(plan, n_read=plan.n_read + 1000), "more pages than the prompt"),
+        (lambda plan: replace(plan, dynamic=~plan.dynamic, n_read=plan.n_read * 0 + plan.whole_pages), "no retrieval"),
+        (lambda plan: replace(plan, score=None), "need a score"),
+        (lambda plan: replace(plan, score=lambda p, i: static_score(p, i) * float("nan")), "got NaN"),
+    ],
+)
+def test_plans_that_break_the_rules_are_refused(model, spoil, message):
+    policy = lambda prefill: spoil(budgeted_plan(prefill, torch.zeros(prefill.shape).bool(), static_score))  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        Engine(model, HybridConfig(budget=0.3), policy, compile=False).generate([prompt(600, 0)], 2)
+
+
+def test_a_stream_that_is_no_longer_the_engines_raises(model):
+    engine = Engine(model, HybridConfig(budget=0.4), compile=False)
+    expected = [r.token_ids for r in engine.generate([prompt(400, 0)], 6)]
+    first, second = engine.stream([prompt(400, 0)], 6), engine.stream([prompt(300, 1)], 6)
+    kept = [next(first)[0] for _ in range(3)]
+    assert kept == expected[0][:3]
+    next(second)
+    with pytest.raises(RuntimeError, match="has begun another generation"):
+        next(first)
+    assert [next(second) for _ in range(5)]  # which is not disturbed
+    assert [r.token_ids for r in engine.generate([prompt(400, 0)], 6)] == expected
+
+
+def test_two_threads_can_not_use_one_engine_at_once(model):
+    """While one is in the middle of reading, the other is refused; afterwards it may."""
+    engine = Engine(model, HybridConfig(budget=0.4), compile=False)
+    reading, go_on, caught = threading.Event(), threading.Event(), []
+
+    def pause() -> None:
+        reading.set()
+        go_on.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: list(engine.stream([prompt(400, 0)], 6, on_layer=pause)))
+        assert reading.wait(60)
+        try:
+            engine.generate([prompt(300, 1)], 2)
+        except RuntimeError as error:
+            caught.append(str(error))
+        go_on.set()
+        tokens = [token for (token,) in other.result()]
+    assert caught and "another thread" in caught[0]
+    assert tokens == Engine(model, HybridConfig(budget=0.4), compile=False).generate([prompt(400, 0)], 6)[0].token_ids
 
 
 def test_bad_calls(model):
@@ -215,17 +371,17 @@ def test_a_pool_too_large_for_an_older_kernel_is_refused(monkeypatch):
 def test_it_is_refused_before_memory_is_taken(model, monkeypatch):
     """The engine asks for the pool that it is about to make, if it compiles."""
     asked = []
-    monkeypatch.setattr(decode, "check_pool", lambda numbers, device: asked.append(numbers))
+    monkeypatch.setattr(engine, "check_pool", lambda numbers, device: asked.append(numbers))
     for compile in (False, True):
-        engine = Engine(model, HybridConfig(budget=0.4), compile=compile)
-        engine.load(engine.prefill([prompt(150, 0)])[0], 8)
-        assert asked == ([engine.cache.keys.numel()] if compile else [])
+        ours = Engine(model, HybridConfig(budget=0.4), compile=compile)
+        ours.read([prompt(150, 0)], 8)
+        assert asked == ([ours.cache.keys.numel()] if compile else [])
 
     def refuse(numbers, device):
         raise ValueError("too large")
 
-    monkeypatch.setattr(decode, "check_pool", refuse)
-    cache, prefills = engine.cache, engine.prefill([prompt(900, 0)])[0]
+    monkeypatch.setattr(engine, "check_pool", refuse)
+    cache = ours.cache
     with pytest.raises(ValueError, match="too large"):
-        engine.load(prefills, 8)
-    assert engine.cache is cache
+        ours.read([prompt(900, 0)], 8)
+    assert ours.cache is cache

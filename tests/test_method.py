@@ -1,5 +1,7 @@
 """The decisions, one by one: profile, classify, budget, prune, retrieve. Each against its slow, obvious twin."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,25 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridkv import BudgetError, HybridConfig, Prefill, full_plan, hybrid_plan
-from hybridkv.cache.retrieve import (
-    ExactKeys,
-    bound_scores,
+from hybridkv.cache.bounds import bound_scores
+from hybridkv.cache.exact import ExactKeys
+from hybridkv.cache.retrieve import select
+from hybridkv.cache.sketch import (
     encode,
     fit_sketch,
     from_words,
     pack_sketch,
-    select,
     sketch_scores,
-    tile_order,
     to_words,
     token_scores,
     written_out,
 )
 from hybridkv.planning.budget import allocate, split
-from hybridkv.planning.classify import classify, ranks, settled_share
+from hybridkv.planning.classify import classify, highest, jaccard_overlap, overlap, ranks, settled_share
+from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import Costs
-from hybridkv.planning.prefill import BY_OVERLAP, jaccard_overlap, window_rows
-from hybridkv.planning.prune import keep_order, pooled
+from hybridkv.planning.prefill import window_rows
+from hybridkv.planning.prune import keep_order, pooled, tile_order
+from hybridkv.planning.variants import VARIANTS, movement
 from tests.lab import configs, prompts, random_prefill, shapes
 
 examples = settings(max_examples=100, deadline=None)
@@ -71,10 +74,8 @@ def test_profile_is_what_dense_attention_says(mask, config, shape, pictured, see
     far = prunable & (rows[:, None] - torch.arange(tokens) >= config.window)  # (W, T)
     surest = (weights[0][:, rows] * far).view(heads, group, -1)
     torch.testing.assert_close(layer.focus, surest.amax(-1).mean(1) if len(rows) else torch.zeros(heads))
-    if config.classifier in BY_OVERLAP:
-        assert ((layer.overlap >= 0) & (layer.overlap <= 1 + 1e-6)).all()
-    else:
-        assert layer.overlap.isnan().all()
+    same = torch.stack([jaccard_overlap(w.mean(0)[:, prunable], 0.1) for w in window])
+    torch.testing.assert_close(overlap(prefill)[0], same)
 
 
 def test_overlap_of_known_sets():
@@ -108,41 +109,62 @@ def test_prefill_refuses_what_it_can_not_record():
 # classify
 
 
-def test_which_heads_are_dynamic():
-    mass = torch.tensor([[0.1, 0.9], [0.8, 0.9]])
-    overlap = torch.tensor([[0.1, 0.9], [0.2, 0.1]])  # (little context), (stays), (moves), (moves more)
-    focus = torch.tensor([[0.05, 0.1], [0.7, 0.02]])  # how much of it is on single tokens
-    for config, expected in (
-        (HybridConfig(dynamic_share=0.5), [[False, True], [True, False]]),
-        (HybridConfig(dynamic_share=0.25), [[False, False], [True, False]]),
-        (HybridConfig(dynamic_share=0.1), [[False, False], [True, False]]),  # one at least
-        (HybridConfig(dynamic_share=0.0), [[False, False], [False, False]]),
-        (HybridConfig(dynamic_share=0.5, classifier="reversed"), [[True, False], [False, True]]),
-        (HybridConfig(dynamic_share=0.5, classifier="ranks"), [[False, False], [True, True]]),
-        (HybridConfig(dynamic_share=0.25, classifier="ranks"), [[False, False], [False, True]]),
-        (HybridConfig(classifier="threshold"), [[False, False], [True, True]]),
+def test_the_highest_share_of_heads():
+    focus = torch.tensor([[0.05, 0.1], [0.7, 0.02]])
+    for share, expected in (
+        (0.5, [[False, True], [True, False]]),
+        (0.25, [[False, False], [True, False]]),
+        (0.1, [[False, False], [True, False]]),  # one at least
+        (0.0, [[False, False], [False, False]]),
     ):
-        assert classify(mass, overlap, focus, config).tolist() == expected
-    assert settled_share(mass, overlap)[1, 1] == pytest.approx(1 - 0.9 * 0.9)
+        assert highest(focus, share).tolist() == expected
+
+
+def test_movement_and_what_is_settled():
+    mass = torch.tensor([[0.1, 0.9], [0.8, 0.9]])
+    same = torch.tensor([[0.1, 0.9], [0.2, 0.1]])  # (little context), (stays), (moves), (moves more)
+    assert highest(movement(mass, same), 0.5).tolist() == [[False, False], [True, True]]
+    assert highest(movement(mass, same), 0.25).tolist() == [[False, False], [False, True]]
+    assert (settled_share(mass, same) < 0.9).tolist() == [[False, False], [True, True]]
+    assert settled_share(mass, same)[1, 1] == pytest.approx(1 - 0.9 * 0.9)
 
 
 @examples
-@given(
-    st.integers(1, 6),
-    st.integers(1, 8),
-    st.floats(0, 1),
-    st.integers(0, 99),
-    st.booleans(),
-    st.sampled_from(["focus", "ranks", "random", "reversed"]),
-)
-def test_share_is_met_exactly_whatever_the_scores(layers, heads, share, seed, ties, classifier):
-    mass, overlap, focus = torch.rand(3, layers, heads, generator=torch.Generator().manual_seed(seed))
-    if ties:
-        mass, overlap, focus = mass.round(), overlap.round(), focus.round()
-    config = HybridConfig(dynamic_share=share, classifier=classifier)
-    count = int(classify(mass, overlap, focus, config).sum())
-    assert count == (max(1, round(share * layers * heads)) if share else 0)
-    assert sorted(ranks(mass).flatten().tolist()) == list(range(layers * heads))
+@given(st.integers(1, 6), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99), st.booleans())
+def test_share_is_met_exactly_whatever_the_scores(layers, heads, share, seed, ties):
+    score = torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed))
+    score = score.round() if ties else score
+    chosen = highest(score, share)
+    assert int(chosen.sum()) == (max(1, round(share * layers * heads)) if share else 0)
+    if chosen.any() and not chosen.all():
+        assert score[chosen].min() >= score[~chosen].max()
+    assert sorted(ranks(score).flatten().tolist()) == list(range(layers * heads))
+
+
+def test_classifiers_look_at_what_they_say():
+    """On a prompt whose heads differ in all statistics, each makes those dynamic that its own one names."""
+    profile = HeadProfile(need := torch.rand(3, 4, generator=torch.Generator().manual_seed(1)), need)
+    config = HybridConfig(budget=0.5, dynamic_share=0.25, head_profile=profile)
+    prefill = random_prefill(config, 3, (4, 2, 300, 16), torch.arange(300) < 260, 0, torch.float32)
+    focus, mass = (torch.stack([getattr(p, name) for p in prefill.layers]) for name in ("focus", "context_mass"))
+    expected = {
+        "focus": focus >= focus.flatten().topk(3).values.min(),
+        "profile": need >= need.flatten().topk(3).values.min(),
+        "threshold": settled_share(mass, overlap(prefill)) < config.threshold,
+    }
+    for name, dynamic in expected.items():
+        prefill.config = replace(config, classifier=name)
+        assert torch.equal(classify(prefill), dynamic), name
+    prefill.config = config
+    reverse = VARIANTS["classifier=reversed"](prefill)
+    assert torch.equal(reverse.dynamic, focus <= focus.flatten().topk(3, largest=False).values.max())
+    assert torch.equal(VARIANTS["classifier=ranks"](prefill).dynamic, highest(movement(mass, overlap(prefill)), 0.25))
+    random = VARIANTS["classifier=random"](prefill).dynamic
+    assert int(random.sum()) == 3 and torch.equal(random, VARIANTS["classifier=random"](prefill).dynamic)
+    weighted = VARIANTS["head_weight=context"](prefill)
+    assert torch.equal(weighted.dynamic, expected["focus"])
+    static = ~weighted.dynamic[0]
+    assert weighted.n_read[0, static][mass[0, static].argmax()] == weighted.n_read[0, static].max()
 
 
 # budget
@@ -214,14 +236,17 @@ def test_an_impossible_budget_says_what_is_possible():
     least = float(str(error.value).split("takes ")[1].split()[0])
     enough = HybridConfig(budget=least)
     plan = hybrid_plan(random_prefill(enough, 2, (2, 2, 300, 32), torch.arange(300) < 200, 0, torch.float32))
-    assert plan.dynamic.any()
+    assert plan.dynamic.any() and plan.step_bytes(Costs.of(enough, 32, torch.float32)) <= least * 300 * 4 * 2 * 32 * 4
+    short = HybridConfig(budget=least - 0.01)
+    with pytest.raises(BudgetError):  # it is really the least, to the percent that it is rounded to
+        hybrid_plan(random_prefill(short, 2, (2, 2, 300, 32), torch.arange(300) < 200, 0, torch.float32))
 
 
 def test_a_budget_that_is_not_strict_keeps_what_must_be_kept_and_no_more():
     config = HybridConfig(budget=0.1, strict=False)
     prefill = random_prefill(config, 2, (2, 2, 300, 32), torch.arange(300) < 200, 0, torch.float32)
     plan = hybrid_plan(prefill)
-    assert (plan.pages[~plan.dynamic] == plan.always_pages).all() and (plan.n_retrieve[plan.dynamic] == 1).all()
+    assert (plan.n_read[~plan.dynamic] == plan.always_pages).all() and (plan.n_retrieve[plan.dynamic] == 1).all()
     nothing = random_prefill(config, 1, (1, 1, 50, 8), torch.zeros(50, dtype=torch.bool), 0, torch.float32)
     assert hybrid_plan(nothing).whole.all()
     roomy = HybridConfig(budget=0.6, strict=False)
@@ -229,11 +254,14 @@ def test_a_budget_that_is_not_strict_keeps_what_must_be_kept_and_no_more():
     assert hybrid_plan(prefill).step_bytes(Costs.of(roomy, 32, torch.float32)) <= 0.6 * 300 * 4 * 2 * 32 * 4
 
 
-def test_nothing_to_prune_needs_the_full_cache():
-    prefill = random_prefill(HybridConfig(), 1, (1, 1, 50, 8), torch.zeros(50, dtype=torch.bool), 0, torch.float32)
-    with pytest.raises(BudgetError, match="50 of the 50 prompt tokens"):
-        hybrid_plan(prefill)
-    assert full_plan(prefill).whole.all()
+@pytest.mark.parametrize("strict", [True, False])
+def test_where_nothing_can_be_saved_the_full_cache_is_the_answer(strict):
+    """No budget below 1 could be met, and none above is allowed."""
+    config = HybridConfig(strict=strict)
+    prefill = random_prefill(config, 1, (1, 1, 50, 8), torch.zeros(50, dtype=torch.bool), 0, torch.float32)
+    plan = hybrid_plan(prefill)
+    assert plan.no_room and plan.whole.all() and not plan.dynamic.any()
+    assert full_plan(prefill).whole.all() and not full_plan(prefill).no_room
 
 
 @pytest.mark.parametrize(
@@ -241,8 +269,8 @@ def test_nothing_to_prune_needs_the_full_cache():
     [
         dict(budget=0), dict(budget=1.1), dict(page_size=8), dict(page_size=48),
         dict(dynamic_share=1.5), dict(threshold=-1), dict(dynamic_weight=0), dict(sketch_rank=0), dict(sketch_rank=6),
-        dict(window=0), dict(top_share=0), dict(pool=4), dict(pool_weight=0), dict(pool_side=2), dict(sinks=-1),
-        dict(classifier="guess"), dict(score="sum"), dict(head_weight="none"), dict(retrieval="all"), dict(group="sum"),
+        dict(window=0), dict(pool=4), dict(pool_weight=0), dict(pool_side=2), dict(sinks=-1),
+        dict(classifier="guess"), dict(score="sum"), dict(retrieval="all"), dict(group="sum"),
     ],
     ids=str,
 )  # fmt: skip
@@ -314,14 +342,6 @@ def test_tiles_hold_neighbours_and_every_token_once(t, h, w, page_size, text):
     ]
     inside = [i for i in order.tolist() if text <= i < text + t * h * w]
     assert inside == tiles
-
-
-def test_a_prompt_read_for_one_classifier_is_not_classified_by_what_it_lacks():
-    prefill = random_prefill(HybridConfig(budget=0.5), 2, (2, 2, 200, 16), None, 0, torch.float32)
-    hybrid_plan(prefill)
-    prefill.config = HybridConfig(budget=0.5, classifier="ranks")
-    with pytest.raises(ValueError, match="read it again"):
-        hybrid_plan(prefill)
 
 
 @examples

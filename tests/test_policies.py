@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import BudgetError, Engine, HybridConfig, Prefill
-from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.plan import Costs
+from hybridkv.planning.plan import Costs, Plan, check_plan
 from hybridkv.planning.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, sparsemm, streaming
 from tests.lab import Bench, check, head_profile, prompt, prompts, random_prefill
 
@@ -27,12 +26,12 @@ def prefill(config: HybridConfig, layers: int = 4, heads: int = 2):
 def replace_config(record: Prefill, **changes) -> Prefill:
     """The same record under another configuration."""
     other = Prefill(record.prunable, replace(record.config, **changes))
-    other.layers = list(record.layers)
+    other.layers, other.like = list(record.layers), record.like
     return other
 
 
-def kept(plan, layer: int, head: int) -> set[int]:
-    return set(plan.order[layer][head, : int(plan.pages[layer, head]) * plan.page_size].tolist())
+def kept(record: Prefill, plan: Plan, layer: int, head: int) -> set[int]:
+    return set(plan.order(record, layer)[head, : int(plan.n_read[layer, head]) * plan.page_size].tolist())
 
 
 @settings(max_examples=80, deadline=None)
@@ -47,7 +46,10 @@ def test_each_policy_obeys_the_budget_and_decodes_exactly_what_it_planned(name, 
     full = len(mask) * 4 * 2 * 16 * 4
     if name != "full":
         with suppress(BudgetError):  # the budget can't be met: `plan` keeps the least that it may
-            assert POLICIES[name](replace_config(record, strict=True)).step_bytes(costs) <= budget * full
+            strict = replace_config(record, strict=True)
+            least = POLICIES[name](strict)
+            check_plan(least, strict)
+            assert least.no_room or least.step_bytes(costs) <= budget * full
     bench = Bench([record], [plan], 18, seed)
     for _ in range(18):
         check(bench.step(3))
@@ -64,10 +66,11 @@ def test_all_read_as_much_as_the_budget_allows(name):
 
 
 def test_streaming_keeps_the_first_and_the_last():
-    plan = streaming(prefill(HybridConfig(budget=0.3)))
+    record = prefill(HybridConfig(budget=0.3))
+    plan = streaming(record)
     for layer in range(4):
-        recent = int(plan.pages[layer, 0]) * 16 - 4
-        assert kept(plan, layer, 0) == {0, 1, 2, 3, *range(TOKENS - recent, TOKENS)}
+        recent = int(plan.n_read[layer, 0]) * 16 - 4
+        assert kept(record, plan, layer, 0) == {0, 1, 2, 3, *range(TOKENS - recent, TOKENS)}
 
 
 def test_snapkv_keeps_what_the_window_attends_to_most():
@@ -75,8 +78,8 @@ def test_snapkv_keeps_what_the_window_attends_to_most():
     record = prefill(config)
     record.layers[1].mean_score[0, 100:150] = 5.0
     plan = snapkv(record)
-    assert set(range(100, 150)) <= kept(plan, 1, 0) and not set(range(100, 150)) <= kept(plan, 1, 1)
-    assert int(plan.pages.max() - plan.pages.min()) <= 1  # equal shares, to the page
+    assert set(range(100, 150)) <= kept(record, plan, 1, 0) and not set(range(100, 150)) <= kept(record, plan, 1, 1)
+    assert int(plan.n_read.max() - plan.n_read.min()) <= 1  # equal shares, to the page
 
 
 def test_lookm_does_not_pool_and_snapkv_does():
@@ -86,8 +89,9 @@ def test_lookm_does_not_pool_and_snapkv_does():
         layer.mean_score.zero_()
         layer.mean_score[:, 400] = 1.0
         layer.mean_score[:, 500:780] = 0.5  # more than the budget holds
-    assert {393, 400, 407} <= kept(snapkv(record), 0, 0)
-    assert 400 in kept(lookm(record), 0, 0) and not {399, 401} & kept(lookm(record), 0, 0)
+    assert {393, 400, 407} <= kept(record, snapkv(record), 0, 0)
+    unpooled = kept(record, lookm(record), 0, 0)
+    assert 400 in unpooled and not {399, 401} & unpooled
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
@@ -102,11 +106,11 @@ def test_neighbours_weigh_less_in_our_static_heads_and_as_much_in_policies_of_th
     plan = POLICIES[name](record)
     layer, head = (~plan.dynamic).nonzero()[0].tolist()
     reach = 0 if name == "hybridkv" and weight == 0.3 else 7
-    assert kept(plan, layer, head) & set(range(380, 420)) == set(range(400 - reach, 401 + reach))
+    assert kept(record, plan, layer, head) & set(range(380, 420)) == set(range(400 - reach, 401 + reach))
 
 
 def test_pyramidkv_gives_the_first_layers_more():
-    pages = pyramidkv(prefill(HybridConfig(budget=0.3))).pages.sum(1)
+    pages = pyramidkv(prefill(HybridConfig(budget=0.3))).n_read.sum(1)
     assert pages.tolist() == sorted(pages.tolist(), reverse=True) and pages[0] > 3 * pages[-1]
 
 
@@ -114,14 +118,14 @@ def test_adakv_gives_a_head_that_spreads_more_than_one_that_does_not():
     record = prefill(HybridConfig(budget=0.3, pool=1))
     for layer in record.layers:
         layer.mean_score[0] = 1.0  # this head's tokens are all among the layer's best
-    pages = adakv(record).pages
+    pages = adakv(record).n_read
     assert (pages[:, 0] > 3 * pages[:, 1]).all() and (pages[:, 1] >= 2).all()
 
 
 def test_sparsemm_gives_more_to_heads_that_look_at_pictures():
-    file = head_profile(4, 2)
-    visual = HeadProfile.load(file, (4, 2)).visual
-    pages = sparsemm(prefill(HybridConfig(budget=0.4, head_profile=file))).pages
+    profile = head_profile(4, 2)
+    visual = profile.visual
+    pages = sparsemm(prefill(HybridConfig(budget=0.4, head_profile=profile))).n_read
     assert (pages.flatten()[visual.flatten().argsort()].diff() >= 0).all() and pages.max() > pages.min()
     with pytest.raises(ValueError, match=r"hybridkv\.calibrate"):
         sparsemm(prefill(HybridConfig(budget=0.4)))

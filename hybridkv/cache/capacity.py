@@ -1,8 +1,8 @@
-"""Where things lie: the page pool's size, and which slot of it holds which token.
+"""Where things lie: the sizes of the page pool and of the tables.
 
-The pool is one key and one value tensor of `n_pages * page_size` slots for all layers, lanes and sequences. Page 0 is
-nobody's: padding in tables points to it. Pages below `n_store` are the *store*: chunks of dynamic lanes, each with a
-summary of its keys under the same number. The others hold what is read at every step.
+The pool is one key and one value tensor of `n_pages * page_size` slots for all layers, lanes and sequences. Page 0, the
+*null page*, belongs to no lane: unused entries of tables point to it. Pages below `n_store` are the *store*: chunks of
+dynamic lanes, each with a summary of its keys under the same number. The others hold what is read at every step.
 """
 
 from dataclasses import astuple, dataclass

@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.cache.capacity import bucket
+from hybridkv.cache.pack import Kept
+from hybridkv.planning.plan import Plan
 from hybridkv.planning.prefill import Prefill
 
 
@@ -59,10 +61,11 @@ class DenseCache(nn.Module):
 
     def __init__(self, slots: int, batch: int, like: Prefill):
         super().__init__()
-        key = like.layers[0].k
-        self.heads, self.slots = len(key), bucket(slots)
-        self.layers = nn.ModuleList(DenseLayer(self, batch * self.heads * self.slots, key) for _ in like.layers)
-        length = torch.zeros(batch, dtype=torch.int64, device=key.device)
+        layers, self.heads = like.shape
+        self.batch, self.slots = batch, bucket(slots)
+        lanes = batch * self.heads
+        self.layers = nn.ModuleList(DenseLayer(self, lanes * self.slots, like.like) for _ in range(layers))
+        length = torch.zeros(batch, dtype=torch.int64, device=like.like.device)
         self.register_buffer("length", length, persistent=False)
 
     def __getitem__(self, layer: int) -> DenseLayer:
@@ -73,14 +76,19 @@ class DenseCache(nn.Module):
         self.length.add_(active)
 
     @torch.no_grad()
-    def load(self, prefills: list[Prefill], new_tokens: int) -> None:
-        """Copies prompts in, in place of whatever the cache held. Each prefill's keys and values are freed."""
-        for b, prefill in enumerate(prefills):
-            tokens = len(prefill.prunable)
-            if tokens + new_tokens > self.slots:
-                raise ValueError(f"{tokens} prompt and {new_tokens} new tokens do not fit into {self.slots} slots")
-            for i, (layer, profile) in enumerate(zip(self.layers, prefill.layers, strict=True)):
-                for pool, value in ((layer.keys, profile.k), (layer.values, profile.v)):
-                    pool.view(-1, self.heads, self.slots, value.shape[-1])[b, :, :tokens] = value
-                prefill.layers[i] = None
-            self.length[b] = tokens
+    def reserve(self, plans: list[Plan], new_tokens: int) -> None:
+        """Makes room for prompts, one for each sequence; `pack` then fills in their keys and values."""
+        longest = max(plan.tokens for plan in plans)
+        if len(plans) != self.batch or longest + new_tokens > self.slots:
+            raise ValueError(
+                f"{len(plans)} prompts of up to {longest} tokens and {new_tokens} new ones do not fit into "
+                f"{self.batch} x {self.slots} slots"
+            )
+        self.length.copy_(torch.tensor([plan.tokens for plan in plans]))
+
+    @torch.no_grad()
+    def pack(self, b: int, layer: int, kept: Kept) -> None:
+        """Copies one layer of prompt `b` in, of which everything is kept."""
+        for pool, value in ((self.layers[layer].keys, kept.k), (self.layers[layer].values, kept.v)):
+            lanes = rearrange(value, "(h t) d -> h t d", h=self.heads)
+            pool.view(-1, self.heads, self.slots, value.shape[-1])[b, :, : lanes.shape[1]] = lanes

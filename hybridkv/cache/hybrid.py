@@ -1,6 +1,6 @@
 """The cache: one page pool for all layers, lanes and sequences, and the tables that say who reads what.
 
-    cache = HybridCache(Capacity.of(plans, new_tokens), len(prefills), prefills[0])
+    cache = HybridCache(Capacity.of(plans, new_tokens), len(plans), prefills[0])
     cache.load(prefills, plans, new_tokens)
     out = cache[layer](q, k, v)  # inside the compiled step, for every layer
     cache.advance(active)  # once at the end of the step
@@ -17,9 +17,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.cache.attention import attend_pages
+from hybridkv.cache.bounds import KeyBounds
 from hybridkv.cache.capacity import Capacity
-from hybridkv.cache.pack import Placement, lane_tokens, place
-from hybridkv.cache.retrieve import ExactKeys, KeyBounds, KeySketch, best_chunks
+from hybridkv.cache.exact import ExactKeys
+from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, lane_slots, place
+from hybridkv.cache.retrieve import best_chunks
+from hybridkv.cache.sketch import KeySketch
 from hybridkv.planning.plan import Costs, Plan, full_bytes
 from hybridkv.planning.prefill import Prefill
 
@@ -60,16 +63,16 @@ class CacheLayer(nn.Module):
 
 
 class HybridCache(nn.Module):
-    """See the module. Sizes follow `capacity`; shapes, dtype and device follow the prefills' keys."""
+    """See the module. Sizes follow `capacity`; shapes, dtype and device follow a record of the same model."""
 
     def __init__(self, capacity: Capacity, batch: int, like: Prefill):
         super().__init__()
-        config, key = like.config, like.layers[0].k
-        heads, _, dim = key.shape
+        config, key = like.config, like.like
+        (layers, heads), dim = like.shape, key.shape[-1]
         self.config, self.capacity, self.batch, self.heads = config, capacity, batch, heads
         self.page_size = config.page_size
         self.costs = Costs.of(config, dim, key.dtype)
-        lanes = (len(like.layers), batch * heads)
+        lanes = (layers, batch * heads)
 
         def buffer(name: str, *shape: int, dtype: torch.dtype = torch.int32) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=key.device), persistent=False)
@@ -81,12 +84,12 @@ class HybridCache(nn.Module):
         buffer("chunks", *lanes, max(1, capacity.chunks))
         for name in ("n_fixed", "n_chunks", "n_retrieve", "tail", "fill", "row"):  # as many as plan.SCALARS
             buffer(name, *lanes)
-        self.layers = nn.ModuleList(CacheLayer(self, layer, key.device) for layer in range(lanes[0]))
+        self.layers = nn.ModuleList(CacheLayer(self, layer, key.device) for layer in range(layers))
         buffer("next_page", 2)  # the first free page of the store, and of the rest
         summary = {"sketch": KeySketch, "bound": KeyBounds, "exact": ExactKeys}[config.retrieval]
         self.summary = summary(capacity.n_store, capacity.rows, dim, config, key)
-        self._loaded: list[Plan] = []
-        self._prompt_pages = (0, 0)
+        self._plans: list[Plan] = []
+        self._placement: Placement | None = None
 
     def __getitem__(self, layer: int) -> "CacheLayer":
         return self.layers[layer]
@@ -103,7 +106,7 @@ class HybridCache(nn.Module):
         """
         q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=self.heads)
         self._append(layer, rearrange(k, "b h 1 d -> 1 1 (b h) d"), rearrange(v, "b h 1 d -> 1 1 (b h) d"))
-        pages, n_pages = self._pages(layer, q[:, 0])
+        pages, n_pages = self._to_read(layer, q[:, 0])
         out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
         return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=self.batch)
 
@@ -120,7 +123,7 @@ class HybridCache(nn.Module):
             row = self._of(layer, self.row)
             self.summary.append(k[0, 0], torch.where(row > 0, tail, 0).long(), fill, row)
 
-    def _pages(self, layer: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _to_read(self, layer: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """Pages (L, P) that a step reads whole, those retrieved for q (L, G, D) first, and how many (L,) there are."""
         fixed, n_fixed = self._of(layer, self.fixed), self._of(layer, self.n_fixed)
         if not self.capacity.retrieve:
@@ -176,66 +179,51 @@ class HybridCache(nn.Module):
 
     @torch.no_grad()
     def load(self, prefills: list[Prefill], plans: list[Plan], new_tokens: int) -> None:
-        """Packs prompts into pages, in place of whatever the cache held. Each prefill's keys and values are freed.
+        """Packs prompts that are read, in place of whatever the cache held. Their dense keys and values are freed.
 
         Args:
             prefills, plans: one for each sequence of the batch.
             new_tokens: tokens that may be generated; room for them is checked here.
         """
-        if len(prefills) != self.batch:
-            raise ValueError(f"a cache for {self.batch} sequences got {len(prefills)} prefills")
-        placement = self.reserve(plans, new_tokens)
-        for layer in range(len(prefills[0].layers)):
-            for b, prefill in enumerate(prefills):
-                self.pack(placement, b, prefill, layer)
+        if len(prefills) != len(plans):
+            raise ValueError(f"{len(prefills)} prefills do not go with {len(plans)} plans")
+        self.reserve(plans, new_tokens)
+        for layer in range(len(self.layers)):
+            for b, (plan, prefill) in enumerate(zip(plans, prefills, strict=True)):
+                self.pack(b, layer, keep(plan, prefill, layer))
 
     @torch.no_grad()
-    def reserve(self, plans: list[Plan], new_tokens: int) -> Placement:
+    def reserve(self, plans: list[Plan], new_tokens: int) -> None:
         """Makes room for prompts and sets all tables; `pack` then fills in what the pages hold, layer by layer."""
         if len(plans) != self.batch:
             raise ValueError(f"a cache for {self.batch} sequences got {len(plans)} plans")
         if not self.capacity.covers(Capacity.of(plans, new_tokens)):
             raise ValueError("these prompts do not fit: make a cache with Capacity.of(plans, new_tokens)")
-        placement = place(plans, self.capacity)
+        self._plans, self._placement = list(plans), place(plans, self.capacity)
         for name in ("n_fixed", "n_chunks", "n_retrieve", "fill"):
             value = torch.stack([getattr(plan, name) for plan in plans], dim=1)  # (layers, B, H)
             getattr(self, name).copy_(rearrange(value, "l b h -> l (b h)"))
         for name in ("fixed", "chunks", "tail", "row"):
-            getattr(self, name).copy_(rearrange(getattr(placement, name), "l b h ... -> l (b h) ..."))
-        self.next_page.copy_(torch.tensor(placement.next_page))
+            getattr(self, name).copy_(rearrange(getattr(self._placement, name), "l b h ... -> l (b h) ..."))
+        self.next_page.copy_(torch.tensor(self._placement.next_page))
         self._note_tails()
-        self._loaded, self._prompt_pages = list(plans), placement.next_page
-        return placement
 
     @torch.no_grad()
-    def pack(self, placement: Placement, b: int, prefill: Prefill, layer: int, order: Tensor | None = None) -> None:
-        """Copies one layer of prompt `b` into its slots and sums up its chunks; forgets the dense keys and values.
-
-        Args:
-            placement: what `reserve` returned.
-            order: (H, T) tokens from the most to the least worth keeping, if the plan does not know them.
-        """
-        plan, profile, device = self._loaded[b], prefill.layers[layer], self.keys.device
-        chunks, tail, row = (table[layer, b] for table in (placement.chunks, placement.tail, placement.row))
-        slots = placement.slots[layer][b]
-        prefill.layers[layer] = None
-        tokens = lane_tokens(plan, layer, order)
-        head = torch.repeat_interleave(torch.arange(self.heads), torch.tensor([len(t) for t in tokens])).to(device)
-        token, slot = torch.cat(tokens).to(device), torch.cat(slots).to(device)
-        self.keys.index_copy_(2, slot, profile.k[head, token][None, None])
-        self.values.index_copy_(2, slot, profile.v[head, token][None, None])
-
+    def pack(self, b: int, layer: int, kept: Kept) -> None:
+        """Copies what is kept of one layer of prompt `b` into its slots and sums up its chunks."""
+        plan, placement, device = self._plans[b], self._placement, self.keys.device
+        slots = torch.cat(lane_slots(placement, plan, layer, b)).to(device)
+        self.keys.index_copy_(2, slots, kept.k[None, None])
+        self.values.index_copy_(2, slots, kept.v[None, None])
         dynamic = plan.dynamic[layer].nonzero()[:, 0].tolist()
         if dynamic:
-            # All dynamic lanes of a prompt store the same tokens: chunks first, the tail page's last.
-            order, in_chunks, in_tail = tokens[dynamic[0]].to(device), plan.lane_chunks, plan.tokens % self.page_size
-            order = torch.cat((order[: in_chunks * self.page_size], order[len(order) - in_tail :]))
-            summarised = [torch.cat((chunks[h, :in_chunks], tail[h : h + 1])).to(device) for h in dynamic]
-            self.summary.pack(profile.k[dynamic][:, order], summarised, row[dynamic].to(device), in_chunks)
+            chunks, tail, row = (table[layer, b] for table in (placement.chunks, placement.tail, placement.row))
+            pages = [torch.cat((chunks[h, : plan.lane_chunks], tail[h : h + 1])).to(device) for h in dynamic]
+            self.summary.pack(chunk_keys(plan, kept, layer), pages, row[dynamic].to(device), plan.lane_chunks)
 
     def count_bytes(self) -> CacheBytes:
         """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""
-        costs, plans = self.costs, self._loaded
+        costs, plans = self.costs, self._plans
         first = (1, self.capacity.n_store)  # of the store, of the rest
         now = self.next_page.tolist()
         # Tail pages that started empty hold generated tokens only.
@@ -243,8 +231,8 @@ class HybridCache(nn.Module):
             sum(int(((plan.fill == 0) & kind(plan)).sum()) for plan in plans)
             for kind in (lambda p: p.dynamic, lambda p: ~p.dynamic)
         ]
-        prompt = [at - start - new for at, start, new in zip(self._prompt_pages, first, fresh, strict=True)]
-        generated = [end - at + new for end, at, new in zip(now, self._prompt_pages, fresh, strict=True)]
+        prompt = [at - start - new for at, start, new in zip(self._placement.next_page, first, fresh, strict=True)]
+        generated = [end - at + new for end, at, new in zip(now, self._placement.next_page, fresh, strict=True)]
 
         def pages(count: list[int]) -> int:
             return count[0] * (costs.page + costs.summary) + count[1] * costs.page

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hybridkv.cache.capacity import Capacity
 from hybridkv.planning.plan import Plan
+from hybridkv.planning.prefill import Prefill
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,6 @@ class Placement:
         fixed: (layers, B, H, F) full pages that are always read. chunks: (layers, B, H, C) store pages.
         tail: page that new tokens fill. row: number of a dynamic lane among all, from 1; 0 for the others.
         next_page: first free page of the store, and of the rest.
-        slots: slots[layer][b][h] are a lane's slots in the order of `lane_tokens`.
     """
 
     fixed: Tensor
@@ -25,62 +25,92 @@ class Placement:
     tail: Tensor
     row: Tensor
     next_page: tuple[int, int]
-    slots: list[list[list[Tensor]]]
 
 
 def place(plans: list[Plan], capacity: Capacity) -> Placement:
-    """Hands out pages, one after the other, to every lane of every prompt."""
-    shape = (plans[0].dynamic.shape[0], len(plans), plans[0].dynamic.shape[1])
-    dynamic = torch.stack([plan.dynamic for plan in plans], dim=1)
-    row = (dynamic.flatten().cumsum(0) * dynamic.flatten()).view(shape).int()
-    fixed = torch.zeros(*shape, capacity.fixed, dtype=torch.int32)
-    chunks = torch.zeros(*shape, max(1, capacity.chunks), dtype=torch.int32)
-    tail = torch.zeros(shape, dtype=torch.int32)
-    store, rest = 1, capacity.n_store  # page 0 is nobody's
-    slots = [[[] for _ in plans] for _ in range(shape[0])]
-    counts = [(plan.n_chunks.tolist(), plan.n_fixed.tolist(), plan.fill.tolist()) for plan in plans]
-    offset = torch.arange(plans[0].page_size)
-    for layer in range(shape[0]):
-        for b, (n_chunks, n_fixed, fill) in enumerate(counts):
-            for h in range(shape[2]):
-                c, f = n_chunks[layer][h], n_fixed[layer][h]
-                chunks[layer, b, h, :c] = torch.arange(store, store + c)
-                fixed[layer, b, h, :f] = torch.arange(rest, rest + f)
-                store, rest = store + c, rest + f
-                if dynamic[layer, b, h]:  # the tail page, too, becomes a chunk one day
-                    tail[layer, b, h], store = store, store + 1
-                else:
-                    tail[layer, b, h], rest = rest, rest + 1
-                full = torch.cat((chunks[layer, b, h, :c], fixed[layer, b, h, :f])).long()
-                last = int(tail[layer, b, h]) * len(offset) + offset[: fill[layer][h]]
-                slots[layer][b].append(torch.cat(((full[:, None] * len(offset) + offset).flatten(), last)))
-    return Placement(fixed, chunks, tail, row, (store, rest), slots)
+    """Hands out pages, one after the other, to every lane of every prompt: its full pages, then its tail page.
 
-
-def lane_tokens(plan: Plan, layer: int, order: Tensor | None = None) -> list[Tensor]:
-    """Which prompt tokens each lane of a layer stores, in the order of its slots: chunks, fixed pages, tail page.
-
-    Args:
-        order: (H, T) tokens from the most to the least worth keeping, for a plan that does not know them.
+    The tail page of a dynamic lane lies in the store: it, too, becomes a chunk one day.
     """
-    if plan.order:
-        order = plan.order[layer]
-    size, device = plan.page_size, torch.device("cpu") if order is None else order.device
-    prunable = plan.prunable.to(device)
+    dynamic, n_chunks, n_fixed = (
+        torch.stack([getattr(plan, name) for plan in plans], 1) for name in ("dynamic", "n_chunks", "n_fixed")
+    )  # each (layers, B, H)
+
+    def hand_out(first: int, full: Tensor, tails: Tensor, columns: int) -> tuple[Tensor, Tensor, int]:
+        """Pages (layers, B, H, columns) and tail pages (layers, B, H) from number `first` on, and the next free one."""
+        taken = (full + tails).flatten().cumsum(0).view_as(full)
+        start = first + taken - full - tails
+        column = torch.arange(columns)
+        pages = torch.where(column < full[..., None], start[..., None] + column, 0)
+        return pages.int(), torch.where(tails > 0, start + full, 0).int(), first + int(taken.flatten()[-1])
+
+    chunks, store_tail, next_store = hand_out(1, n_chunks, dynamic.long(), max(1, capacity.chunks))
+    fixed, other_tail, next_other = hand_out(capacity.n_store, n_fixed, (~dynamic).long(), capacity.fixed)
+    row = (dynamic.flatten().cumsum(0).view_as(dynamic) * dynamic).int()
+    return Placement(fixed, chunks, store_tail + other_tail, row, (next_store, next_other))
+
+
+def lane_slots(placement: Placement, plan: Plan, layer: int, b: int) -> list[Tensor]:
+    """Slots of each lane of a layer of prompt `b`, in the order of `lane_tokens`: chunks, fixed pages, tail page."""
+    offset, slots = torch.arange(plan.page_size), []
+    counts = (plan.n_chunks[layer].tolist(), plan.n_fixed[layer].tolist(), plan.fill[layer].tolist())
+    for h, (c, f, fill) in enumerate(zip(*counts, strict=True)):
+        full = torch.cat((placement.chunks[layer, b, h, :c], placement.fixed[layer, b, h, :f]))
+        last = placement.tail[layer, b, h] * plan.page_size + offset[:fill]
+        slots.append(torch.cat(((full[:, None] * plan.page_size + offset).flatten(), last)))
+    return slots
+
+
+def lane_tokens(plan: Plan, prefill: Prefill, layer: int) -> list[Tensor]:
+    """Which prompt tokens each lane of a layer stores, in the order of its slots: chunks, fixed pages, tail page."""
+    device, size, n_read = prefill.prunable.device, plan.page_size, plan.n_read[layer].tolist()
     everything = torch.arange(plan.tokens, device=device)
-    in_chunks = plan.lane_chunks * size
-    in_tail = plan.tokens % size
-    context = everything[prunable] if plan.chunk_order is None else plan.chunk_order.to(device)
-    retrieved = torch.cat((everything[~prunable], context[in_chunks + in_tail :])).sort().values
-    dynamic = torch.cat((context[:in_chunks], retrieved, context[in_chunks : in_chunks + in_tail]))
+    dynamic, whole = plan.dynamic[layer].tolist(), plan.whole[layer].tolist()
+    if any(dynamic):
+        context = everything[prefill.prunable] if plan.chunk_order is None else plan.chunk_order.to(device)
+        in_chunks, in_tail = plan.lane_chunks * size, plan.tokens % size
+        fixed = torch.cat((everything[~prefill.prunable], context[in_chunks + in_tail :])).sort().values
+        retrieving = torch.cat((context[:in_chunks], fixed, context[in_chunks : in_chunks + in_tail]))
+    if not all(a or b for a, b in zip(dynamic, whole, strict=True)):
+        order = plan.order(prefill, layer)
     tokens = []
-    for head, (is_dynamic, whole, pages) in enumerate(
-        zip(plan.dynamic[layer].tolist(), plan.whole[layer].tolist(), plan.pages[layer].tolist(), strict=True)
-    ):
-        if is_dynamic:
-            tokens.append(dynamic)
-        elif whole:
+    for head in range(len(dynamic)):
+        if dynamic[head]:
+            tokens.append(retrieving)
+        elif whole[head]:
             tokens.append(everything)
         else:
-            tokens.append(order[head, : pages * size].sort().values)
+            tokens.append(order[head, : n_read[head] * size].sort().values)
     return tokens
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a prompt's plan leaves of one layer's keys and values.
+
+    Attributes:
+        k, v: (N, D), one lane after the other, each in the order of `lane_tokens`.
+    """
+
+    k: Tensor
+    v: Tensor
+
+
+def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
+    """Prunes one layer, and forgets its dense keys and values."""
+    tokens, read = lane_tokens(plan, prefill, layer), prefill.layers[layer]
+    lengths = torch.tensor([len(t) for t in tokens])
+    head = torch.arange(len(tokens)).repeat_interleave(lengths).to(read.k.device)
+    token = torch.cat(tokens)
+    prefill.layers[layer] = None
+    return Kept(read.k[head, token], read.v[head, token])
+
+
+def chunk_keys(plan: Plan, kept: Kept, layer: int) -> Tensor:
+    """Keys of a layer's dynamic lanes that chunk summaries are made of, (N, T', D): chunks, then the tail page's."""
+    dynamic = plan.dynamic[layer]
+    lengths = torch.where(dynamic | plan.whole[layer], plan.tokens, plan.n_read[layer] * plan.page_size)
+    lanes = [k for k, retrieves in zip(kept.k.split(lengths.tolist()), dynamic.tolist(), strict=True) if retrieves]
+    keys = torch.stack(lanes)
+    in_chunks, in_tail = plan.lane_chunks * plan.page_size, plan.tokens % plan.page_size
+    return torch.cat((keys[:, :in_chunks], keys[:, plan.tokens - in_tail :]), 1)

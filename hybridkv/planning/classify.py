@@ -6,16 +6,50 @@ near, or to much of the context at once, can be pruned by what the prompt's text
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from hybridkv.config import HybridConfig
 from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.prefill import BY_OVERLAP
+from hybridkv.planning.prefill import Prefill, window_probabilities, window_rows
+
+TOP_SHARE = 0.1  # of the prunable tokens are in a query's top set, for `overlap`
 
 
-def settled_share(context_mass: Tensor, overlap: Tensor) -> Tensor:
-    """Share of the window's attention that stays put: 1 - mass on the context x how much its place moves."""
-    return 1 - context_mass * (1 - overlap)
+def classify(prefill: Prefill) -> Tensor:
+    """Which KV heads are dynamic, (layers, H) bool on the CPU; `config.classifier` says how it is found out.
+
+    Raises:
+        ValueError: the offline head profile is missing, or for another model.
+    """
+    config = prefill.config
+    match config.classifier:
+        case "focus":
+            return highest(of_heads(prefill, "focus"), config.dynamic_share)
+        case "profile":
+            return highest(measured_heads(prefill).need, config.dynamic_share)
+        case "threshold":
+            return settled_share(of_heads(prefill, "context_mass"), overlap(prefill)) < config.threshold
+    raise ValueError(f"there is no classifier {config.classifier!r}")
+
+
+def of_heads(prefill: Prefill, name: str) -> Tensor:
+    """A statistic of `LayerProfile` for every head, (layers, H) on the CPU."""
+    return torch.stack([getattr(layer, name) for layer in prefill.layers]).cpu()
+
+
+def measured_heads(prefill: Prefill) -> HeadProfile:
+    """The configuration's offline head profile, which must be this model's.
+
+    Raises:
+        ValueError: there is none, or it is of another shape.
+    """
+    profile = prefill.config.head_profile
+    if profile is None:
+        raise ValueError("this needs an offline head profile: make one with python -m hybridkv.calibrate")
+    if profile.need.shape != prefill.shape:
+        measured = tuple(profile.need.shape)
+        raise ValueError(f"the head profile is for {measured} layers and KV heads, this model has {prefill.shape}")
+    return profile
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -23,40 +57,36 @@ def ranks(x: Tensor) -> Tensor:
     return x.flatten().argsort(stable=True).argsort(stable=True).view_as(x)
 
 
-def movement(context_mass: Tensor, overlap: Tensor) -> Tensor:
-    """Rank of each head by how much it looks at the context and how much that moves: (layers, H), 0 is most settled."""
-    return ranks(ranks(context_mass) + ranks(1 - overlap))
+def highest(x: Tensor, share: float) -> Tensor:
+    """The largest `share` of all elements of x, bool: of a small model one at least, unless the share is 0."""
+    count = max(round(share * x.numel()), share > 0)
+    return ranks(x) >= x.numel() - count
 
 
-def classify(context_mass: Tensor, overlap: Tensor, focus: Tensor, config: HybridConfig) -> Tensor:
-    """Which KV heads are dynamic.
+def settled_share(context_mass: Tensor, overlap: Tensor) -> Tensor:
+    """Share of the window's attention that stays put: 1 - mass on the context x how much its place moves."""
+    return 1 - context_mass * (1 - overlap)
 
-    Args:
-        context_mass, overlap, focus: (layers, H), from the prompt's profile.
-        config: `classifier` chooses the ranking, `dynamic_share` how many of its last heads are dynamic.
 
-    Returns:
-        (layers, H) bool.
+def overlap(prefill: Prefill) -> Tensor:
+    """How much the window's queries look at the same tokens, `jaccard_overlap`: (layers, H) on the CPU."""
+    prunable, rows = prefill.prunable, window_rows(prefill.prunable, prefill.config.window)
+    first, out = int(rows.min()) if len(rows) else 0, []
+    for layer in prefill.layers:
+        for group, key in zip(rearrange(layer.q, "(h g) w d -> h g w d", h=len(layer.k)), layer.k, strict=True):
+            p = window_probabilities(group, key, rows, first)  # (G, W, T)
+            out.append(jaccard_overlap(p.mean(0)[:, prunable], TOP_SHARE))
+    return torch.stack(out).view(prefill.shape).cpu()
 
-    Raises:
-        ValueError: the offline head profile is for another model, or the prompt was read for another classifier.
-    """
-    heads = context_mass.numel()
-    if config.classifier in BY_OVERLAP and overlap.isnan().any():
-        raise ValueError(f"this prompt was not read for the classifier {config.classifier!r}: read it again")
-    match config.classifier:
-        case "threshold":
-            return settled_share(context_mass, overlap) < config.threshold
-        case "focus":
-            order = focus
-        case "ranks":
-            order = movement(context_mass, overlap)
-        case "reversed":
-            order = -focus
-        case "random":  # other heads for every prompt, the same at every run
-            seed = int(context_mass.double().sum() * 1e6)
-            order = torch.randperm(heads, generator=torch.Generator().manual_seed(seed)).view_as(context_mass)
-        case "profile":
-            order = HeadProfile.load(config.head_profile, context_mass.shape).need
-    count = max(round(config.dynamic_share * heads), config.dynamic_share > 0)  # of a small model, one at least
-    return ranks(order) >= heads - count
+
+def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
+    """Mean pairwise Jaccard overlap of the top sets of W distributions over N tokens, (W, N) -> scalar."""
+    queries, tokens = probabilities.shape
+    if queries < 2 or tokens == 0:
+        return probabilities.new_ones(())
+    size = max(1, round(top_share * tokens))
+    top = probabilities.topk(size, dim=-1).indices
+    member = torch.zeros_like(probabilities).scatter_(1, top, 1.0)
+    shared = member @ member.T  # (W, W) sizes of the intersections; every set has `size` members
+    jaccard = shared / (2 * size - shared)
+    return (jaccard.sum() - queries) / (queries * (queries - 1))

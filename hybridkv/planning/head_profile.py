@@ -2,16 +2,15 @@
 
 import json
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadProfile:
-    """Means over prompts, (layers, H) each.
+    """Means over prompts, (layers, H) each, finite and not negative.
 
     Attributes:
         need: divergence from the full cache, in nats per written token, when this head alone is pruned to what the
@@ -23,39 +22,34 @@ class HeadProfile:
 
     need: Tensor
     visual: Tensor
-    prompts: int
-    model: str
+    prompts: int = 1
+    model: str = ""
 
-    def save(self, file: Path) -> None:
+    def __post_init__(self) -> None:
+        for name in ("need", "visual"):
+            x = getattr(self, name)
+            if x.dim() != 2 or not x.numel() or x.shape != self.need.shape:
+                raise ValueError(f"{name} must be a table of layers by KV heads, like need, got {tuple(x.shape)}")
+            if not x.isfinite().all() or (x < 0).any():
+                raise ValueError(f"{name} must be finite and not negative")
+
+    def save(self, file: str | Path) -> None:
         """Writes a small JSON file."""
         row = asdict(self) | {"need": self.need.tolist(), "visual": self.visual.tolist()}
-        file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        Path(file).write_text(json.dumps(row) + "\n", encoding="utf-8")
 
-    @staticmethod
-    def load(file: str | Path | None, shape: tuple[int, int] | None = None) -> "HeadProfile":
-        """The profile in a file, which must be for a model of `shape` (layers, H), if that is known.
+    @classmethod
+    def load(cls, file: str | Path) -> "HeadProfile":
+        """The profile in a file.
 
         Raises:
-            ValueError: no file, not a profile, or of another shape.
+            ValueError: it can't be read, or is no profile.
         """
-        if file is None:
-            raise ValueError("this needs an offline head profile: make one with python -m hybridkv.calibrate")
-        file = Path(file)
-        profile = _read(file, file.stat().st_mtime_ns if file.exists() else 0)
-        shape = shape or profile.need.shape
-        if profile.need.shape != tuple(shape) or profile.visual.shape != tuple(shape):
-            raise ValueError(
-                f"{file} profiles {tuple(profile.need.shape)} layers and KV heads, this model has {tuple(shape)}"
-            )
-        return profile
-
-
-@lru_cache(maxsize=8)
-def _read(file: Path, _changed: int) -> HeadProfile:
-    """Once for every state of the file: each prompt's plan asks for it."""
-    try:
-        row = json.loads(file.read_text(encoding="utf-8"))
-        need, visual = (torch.tensor(row[key], dtype=torch.float32) for key in ("need", "visual"))
-        return HeadProfile(need, visual, int(row["prompts"]), str(row["model"]))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} is not a head profile: {e}") from e
+        try:
+            row = json.loads(Path(file).read_text(encoding="utf-8"))
+            need, visual = (torch.tensor(row[key], dtype=torch.float32) for key in ("need", "visual"))
+            return cls(need, visual, int(row["prompts"]), str(row["model"]))
+        except KeyError as e:
+            raise ValueError(f"{file} is not a head profile: it lacks {e}") from e
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError, RuntimeError) as e:
+            raise ValueError(f"{file} is not a head profile: {e}") from e

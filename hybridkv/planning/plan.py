@@ -3,26 +3,26 @@
 A lane is one of three things:
 
 - *whole*: its budget holds the prompt, so it keeps every token;
-- *static*: it keeps the `pages * page_size` tokens that the text points at, and drops the rest;
+- *static*: it keeps the `n_read * page_size` tokens that the text points at, and drops the rest;
 - *dynamic*: it keeps everything. Tokens that are not prunable, rounded up to full pages, are *fixed*: read at every
   step. The prunable rest is cut into chunks of one page, of which a step reads the best `n_retrieve`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hybridkv.cache.retrieve import tile_order
 from hybridkv.config import HybridConfig
 from hybridkv.planning.budget import BudgetError, allocate
 from hybridkv.planning.classify import classify
-from hybridkv.planning.prefill import LayerProfile, Prefill
-from hybridkv.planning.prune import keep_order, pooled
+from hybridkv.planning.prefill import Prefill
+from hybridkv.planning.prune import keep_order, pooled, tile_order
 
-CONTEXT_FLOOR = 0.2  # smallest claim of a head that is weighted by its context mass
+Score = Callable[[Prefill, int], Tensor]  # (H, T), how much each token of a layer is worth to a static head
+
 SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, row of the basis
 
 
@@ -42,6 +42,10 @@ class Costs:
             return cls(page, summary=2 * head_dim * dtype.itemsize, basis=0)
         return cls(page, summary=config.page_size * rank, basis=rank * head_dim * dtype.itemsize + 2 * rank * 4)
 
+    @classmethod
+    def of_prompt(cls, prefill: Prefill) -> "Costs":
+        return cls.of(prefill.config, prefill.like.shape[-1], prefill.like.dtype)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,17 +55,23 @@ class Plan:
         prunable: (T,) bool, the tokens that may be pruned or moved.
         page_size: tokens in a page.
         dynamic: lanes that retrieve chunks.
-        pages: prompt pages that a step reads, the partly filled last one included.
-        order: for each layer (H, T), tokens from the most to the least worth keeping; empty when all is kept.
+        n_read: prompt pages that a step reads, the partly filled last one included.
+        score: what static lanes keep first; asked for layer by layer, when a layer is packed. None if all is kept.
         chunk_order: the prunable tokens in the order in which they fill chunks; None for that of the prompt.
+        no_room: everything is kept, against the budget, since what must be kept takes as much as the full cache.
     """
 
     prunable: Tensor
     page_size: int
     dynamic: Tensor
-    pages: Tensor
-    order: tuple[Tensor, ...] = ()
+    n_read: Tensor
+    score: Score | None = None
     chunk_order: Tensor | None = None
+    no_room: bool = False
+
+    def order(self, prefill: Prefill, layer: int) -> Tensor:
+        """Tokens of a layer's heads from the most to the least worth keeping, (H, T)."""
+        return keep_order(self.score(prefill, layer), prefill.prunable)
 
     @property
     def tokens(self) -> int:
@@ -84,7 +94,7 @@ class Plan:
 
     @property
     def whole(self) -> Tensor:
-        return self.pages >= self.whole_pages
+        return self.n_read >= self.whole_pages
 
     @property
     def n_chunks(self) -> Tensor:
@@ -93,7 +103,7 @@ class Plan:
     @property
     def n_fixed(self) -> Tensor:
         """Full pages that a step always reads."""
-        fixed = torch.where(self.whole, self.tokens // self.page_size, self.pages)
+        fixed = torch.where(self.whole, self.tokens // self.page_size, self.n_read)
         return torch.where(self.dynamic, self.always_pages, fixed)
 
     @property
@@ -103,7 +113,7 @@ class Plan:
 
     @property
     def n_retrieve(self) -> Tensor:
-        return self.dynamic * (self.pages - self.n_fixed - (self.fill > 0).long())
+        return self.dynamic * (self.n_read - self.n_fixed - (self.fill > 0).long())
 
     @property
     def attended(self) -> Tensor:
@@ -112,8 +122,8 @@ class Plan:
 
     def step_bytes(self, costs: Costs) -> int:
         """Bytes of this prompt's cache that a step reads: what the budget promises to bound."""
-        lanes = self.pages.numel()
-        pages = int(self.pages.sum()) * costs.page
+        lanes = self.n_read.numel()
+        pages = int(self.n_read.sum()) * costs.page
         summaries = int(self.n_chunks.sum()) * costs.summary + int(self.dynamic.sum()) * costs.basis
         entries = int((self.n_fixed + self.n_chunks).sum()) + lanes * (1 + SCALARS)  # one for the tail page
         return pages + summaries + entries * costs.entry
@@ -126,15 +136,16 @@ def full_bytes(tokens: int, lanes: int, costs: Costs, page_size: int) -> int:
 
 def full_plan(prefill: Prefill) -> Plan:
     """Keeps everything."""
-    config, shape = prefill.config, (len(prefill.layers), prefill.layers[0].k.shape[0])
+    config, prunable = prefill.config, prefill.prunable.cpu()
+    dynamic = torch.zeros(prefill.shape, dtype=torch.bool)
     plan = Plan(
-        prefill.prunable.cpu(),
+        prunable,
         config.page_size,
-        dynamic=torch.zeros(shape, dtype=torch.bool),
-        pages=torch.zeros(shape, dtype=torch.long),
-        chunk_order=tile_order(prefill.prunable.cpu(), prefill.spans, config.page_size) if config.tiles else None,
+        dynamic,
+        n_read=dynamic.long(),
+        chunk_order=tile_order(prunable, prefill.spans, config.page_size) if config.tiles else None,
     )
-    return replace(plan, pages=torch.full(shape, plan.whole_pages))
+    return replace(plan, n_read=torch.full(prefill.shape, plan.whole_pages))
 
 
 def hybrid_plan(prefill: Prefill) -> Plan:
@@ -143,85 +154,99 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     Raises:
         BudgetError: see `budgeted_plan`.
     """
-    mass, overlap, focus = text_attention(prefill)
-    weight = None
-    if prefill.config.head_weight == "context":
-        weight = mass.clamp(min=CONTEXT_FLOOR)
-    return budgeted_plan(prefill, classify(mass, overlap, focus, prefill.config), static_scores(prefill), weight)
+    return budgeted_plan(prefill, classify(prefill), static_score)
 
 
-def known_plan(prefill: Prefill) -> Plan:
-    """`hybrid_plan` from a prompt's `outline`, for heads that an offline profile classifies.
+def neighbourhood_score(prefill: Prefill, layer: int, reduce: str, weight: float) -> Tensor:
+    """The `max` or `mean` attention that the prompt's text gives to each token's neighbourhood, (H, T)."""
+    config, read = prefill.config, prefill.layers[layer]
+    score = (read.score if reduce == "max" else read.mean_score).masked_fill(~prefill.prunable, 0.0)
+    return pooled(score, config.pool, weight, config.pool_side, prefill.spans)
 
-    All but the order of the tokens, which `layer_order` gives once a layer is read.
+
+def static_score(prefill: Prefill, layer: int) -> Tensor:
+    """What each token is worth to a static head of the method, (H, T)."""
+    return neighbourhood_score(prefill, layer, prefill.config.score, prefill.config.pool_weight)
+
+
+def least_pages(everything: Plan, dynamic: Tensor) -> Tensor:
+    """Pages, (layers, H), without which a lane could not hold what is always kept.
+
+    A dynamic head needs one to retrieve beside what it always reads; without it it is no dynamic head.
     """
-    unknown = torch.zeros(len(prefill.layers), len(prefill.layers[0].k))
-    return budgeted_plan(prefill, classify(unknown, unknown, unknown, prefill.config))
+    has_tail = int(everything.tokens % everything.page_size > 0)
+    return (everything.always_pages + dynamic * (has_tail + 1)).minimum(everything.n_read)
 
 
-def layer_order(prefill: Prefill, layer: int) -> Tensor:
-    """Tokens of a layer's heads from the most to the least worth keeping, (H, T)."""
-    (score,) = static_scores(prefill, [prefill.layers[layer]])
-    return keep_order(score, prefill.prunable)
-
-
-def text_attention(prefill: Prefill) -> tuple[Tensor, Tensor, Tensor]:
-    """What the prompt's profile says of every head: context mass, overlap and focus, (layers, H) on the CPU."""
-    names = ("context_mass", "overlap", "focus")
-    return tuple(torch.stack([getattr(layer, name) for layer in prefill.layers]).cpu() for name in names)
-
-
-def neighbourhood_scores(
-    prefill: Prefill, reduce: str, weight: float, layers: Sequence[LayerProfile] = ()
-) -> list[Tensor]:
-    """The `max` or `mean` attention that the prompt's text gives to each token's neighbourhood, (H, T) a layer."""
-    config = prefill.config
-    scores = (layer.score if reduce == "max" else layer.mean_score for layer in layers or prefill.layers)
-    masked = (score.masked_fill(~prefill.prunable, 0.0) for score in scores)
-    return [pooled(score, config.pool, weight, config.pool_side, prefill.spans) for score in masked]
-
-
-def static_scores(prefill: Prefill, layers: Sequence[LayerProfile] = ()) -> list[Tensor]:
-    """What each token is worth to a static head, (H, T) a layer; of some layers, or all."""
-    return neighbourhood_scores(prefill, prefill.config.score, prefill.config.pool_weight, layers)
-
-
-def budgeted_plan(
-    prefill: Prefill, dynamic: Tensor, score: Sequence[Tensor] = (), weight: Tensor | None = None
-) -> Plan:
+def budgeted_plan(prefill: Prefill, dynamic: Tensor, score: Score | None = None, weight: Tensor | None = None) -> Plan:
     """The plan that spends `config.budget` on given kinds of heads.
 
     Args:
         dynamic: (layers, H) bool, heads that retrieve; a head whose budget holds the prompt keeps it whole instead.
-        score: for each layer (H, T), how much a token is worth to a static head; may be left out without static heads.
+        score: how much a token is worth to a static head; may be left out without static heads.
         weight: (layers, H) positive claims of the heads; None for equal claims.
 
     Raises:
         BudgetError: the budget can't hold what must be kept, and `config.strict`.
     """
-    config, key, everything = prefill.config, prefill.layers[0].k, full_plan(prefill)
+    config, everything = prefill.config, full_plan(prefill)
     if config.budget == 1:
         return everything
-    cap = everything.pages
-    # A dynamic head needs a page to retrieve beside what it always reads; without one it is no dynamic head.
-    needs = everything.always_pages + dynamic * (int(everything.tokens % config.page_size > 0) + 1)
-    floor = needs.minimum(cap)
-
-    costs = Costs.of(config, key.shape[-1], key.dtype)
+    costs, cap, floor = Costs.of_prompt(prefill), everything.n_read, least_pages(everything, dynamic)
     full = full_bytes(everything.tokens, cap.numel(), costs, config.page_size)
+
+    def spend(pages: Tensor) -> Plan:
+        return replace(everything, dynamic=dynamic & (pages < cap), n_read=pages, score=score)
+
     # Charged up front, at least what `step_bytes` will count: every lane's table at its longest, and the summaries.
     overhead = cap.numel() * (everything.whole_pages + 1 + SCALARS) * costs.entry
     overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.summary + costs.basis)
     total = int(config.budget * full - overhead) // costs.page
-    if total < int(floor.sum()) and config.strict:
-        least = math.ceil(100 * (int(floor.sum()) * costs.page + overhead) / full) / 100
-        always = int((~everything.prunable).sum())
-        raise BudgetError(
-            f"a budget of {config.budget:g} can't be met: {always} of the {everything.tokens} prompt tokens (text, "
-            f"sinks, recent) are kept in every head, and with chunk summaries and tables that takes {least:.2f} of the "
-            f"full cache. Raise the budget to that, use the full cache, or give more pictures or context to prune."
-        )
+    if total <= int(floor.sum()):
+        least = spend(floor)
+        needed = least.step_bytes(costs) / full
+        if needed >= 1:
+            return replace(everything, no_room=True)
+        if needed > config.budget and config.strict:
+            always = int((~everything.prunable).sum())
+            raise BudgetError(
+                f"a budget of {config.budget:g} can't be met: {always} of the {everything.tokens} prompt tokens (text, "
+                f"sinks, recent) are kept in every head, and with chunk summaries and tables that takes "
+                f"{math.ceil(100 * needed) / 100:.2f} of the full cache. Raise the budget to that, use the full cache, "
+                f"or give more pictures or context to prune."
+            )
+        return least
     weight = torch.ones(cap.shape) if weight is None else weight
-    pages = allocate(max(total, int(floor.sum())), dynamic, weight, floor, cap, config.dynamic_weight)
-    order = tuple(keep_order(s, prefill.prunable) for s in score)
-    return replace(everything, dynamic=dynamic & (pages < cap), pages=pages, order=order)
+    return spend(allocate(total, dynamic, weight, floor, cap, config.dynamic_weight))
+
+
+def check_plan(plan: Plan, prefill: Prefill) -> None:
+    """Refuses what a policy may get wrong, so that policies are compared on equal terms.
+
+    Raises:
+        ValueError: it is no plan for this prompt, or breaks its rules.
+        BudgetError: it spends more than `config.budget`, and `config.strict`.
+    """
+    if not isinstance(plan, Plan):
+        raise ValueError(f"a policy must return a Plan, got {type(plan).__name__}")
+    config, everything = prefill.config, full_plan(prefill)
+
+    def check(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(f"the policy's plan can't be used: {message}")
+
+    check(plan.page_size == config.page_size, f"page_size is {plan.page_size}, the configuration's {config.page_size}")
+    check(torch.equal(plan.prunable, everything.prunable), "prunable is not the prompt's")
+    for name, kind in (("dynamic", torch.bool), ("n_read", torch.int64)):
+        table = getattr(plan, name)
+        fits = table.dtype == kind and table.shape == prefill.shape and table.device.type == "cpu"
+        check(fits, f"{name} must be {kind} {prefill.shape} on the CPU, got {table.dtype} {tuple(table.shape)}")
+    low = (plan.n_read < least_pages(everything, plan.dynamic)).sum()
+    check(not low, f"{low} heads have too few pages for the tokens that every head keeps")
+    check(not (plan.n_read > everything.n_read).any(), "a head has more pages than the prompt")
+    check(not (plan.dynamic & plan.whole).any(), "a head that keeps everything needs no retrieval")
+    check(plan.score is not None or bool((plan.whole | plan.dynamic).all()), "static heads need a score")
+    costs = Costs.of_prompt(prefill)
+    spent = plan.step_bytes(costs) / full_bytes(plan.tokens, plan.n_read.numel(), costs, plan.page_size)
+    if spent > config.budget < 1 and config.strict and not plan.no_room:
+        raise BudgetError(f"the policy's plan takes {spent:.3f} of the full cache, the budget is {config.budget:g}")

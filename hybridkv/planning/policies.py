@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.plan import Plan, budgeted_plan, full_plan, hybrid_plan, neighbourhood_scores
+from hybridkv.planning.classify import measured_heads
+from hybridkv.planning.plan import Plan, Score, budgeted_plan, full_plan, hybrid_plan, neighbourhood_score
 from hybridkv.planning.prefill import Prefill
 
 ADAKV_SAFEGUARD = 0.2  # share of a layer's budget that AdaKV spreads evenly over its heads
@@ -19,25 +19,25 @@ SPARSEMM_UNIFORM = 0.2  # share of the budget that SparseMM spreads evenly over 
 PYRAMIDKV_BETA = 20  # PyramidKV's last layer gets 1 / beta of the mean budget
 
 
-def shape(prefill: Prefill) -> tuple[int, int]:
-    """(layers, H)"""
-    return len(prefill.layers), prefill.layers[0].k.shape[0]
-
-
-def pruned_plan(prefill: Prefill, score: list[Tensor], weight: Tensor | None = None) -> Plan:
+def pruned_plan(prefill: Prefill, score: Score, weight: Tensor | None = None) -> Plan:
     """Every head static, keeping its best-scored tokens; heads share by `weight` (layers, H), or equally."""
-    return budgeted_plan(prefill, torch.zeros(shape(prefill), dtype=torch.bool), score, weight)
+    return budgeted_plan(prefill, torch.zeros(prefill.shape, dtype=torch.bool), score, weight)
 
 
-def window_scores(prefill: Prefill) -> list[Tensor]:
-    """SnapKV's scores: attention summed over the window's queries, max-pooled over neighbouring tokens, (H, T) each."""
-    return neighbourhood_scores(prefill, "mean", weight=1.0)
+def window_score(prefill: Prefill, layer: int) -> Tensor:
+    """SnapKV's score: attention summed over the window's queries, max-pooled over neighbouring tokens, (H, T)."""
+    return neighbourhood_score(prefill, layer, "mean", weight=1.0)
+
+
+def recency(prefill: Prefill, layer: int) -> Tensor:
+    """Later tokens are worth more, (H, T)."""
+    tokens = len(prefill.prunable)
+    return torch.arange(tokens, device=prefill.prunable.device).float().expand(len(prefill.like), -1)
 
 
 def streaming(prefill: Prefill) -> Plan:
     """StreamingLLM (arXiv 2309.17453): the first tokens and the most recent ones."""
-    recency = torch.arange(len(prefill.prunable), device=prefill.prunable.device, dtype=torch.float32)
-    return pruned_plan(prefill, [recency.expand(layer.score.shape) for layer in prefill.layers])
+    return pruned_plan(prefill, recency)
 
 
 def snapkv(prefill: Prefill) -> Plan:
@@ -45,7 +45,7 @@ def snapkv(prefill: Prefill) -> Plan:
 
     Pooling follows `config.pool` in text, at full weight, and `config.pool_side` in pictures.
     """
-    return pruned_plan(prefill, window_scores(prefill))
+    return pruned_plan(prefill, window_score)
 
 
 def lookm(prefill: Prefill) -> Plan:
@@ -53,29 +53,29 @@ def lookm(prefill: Prefill) -> Plan:
 
     Left out: merging dropped tokens into kept ones.
     """
-    return pruned_plan(prefill, [layer.mean_score for layer in prefill.layers])
+    return pruned_plan(prefill, lambda prefill, layer: prefill.layers[layer].mean_score)
 
 
 def pyramidkv(prefill: Prefill) -> Plan:
     """PyramidKV (arXiv 2406.02069): SnapKV's tokens; budgets fall linearly from first to last layer."""
-    layers, heads = shape(prefill)
+    layers, heads = prefill.shape
     last = 1 / PYRAMIDKV_BETA
     weight = torch.linspace(2 - last, last, layers) if layers > 1 else torch.ones(1)
-    return pruned_plan(prefill, window_scores(prefill), weight[:, None].expand(layers, heads))
+    return pruned_plan(prefill, window_score, weight[:, None].expand(layers, heads))
 
 
 def adakv(prefill: Prefill) -> Plan:
     """AdaKV (arXiv 2407.11550): SnapKV's tokens; heads share by how many of their layer's best are theirs."""
-    layers, heads = shape(prefill)
-    scores, prunable = window_scores(prefill), prefill.prunable
+    layers, heads = prefill.shape
+    prunable = prefill.prunable
     kept = max(1, int(prefill.config.budget * len(prunable)) - int((~prunable).sum())) * heads
     weight = torch.empty(layers, heads)
-    for i, score in enumerate(scores):
-        competing = score[:, prunable].flatten()
+    for i in range(layers):
+        competing = window_score(prefill, i)[:, prunable].flatten()
         best = competing.topk(min(kept, competing.numel())).indices // max(1, int(prunable.sum()))
         share = best.bincount(minlength=heads).cpu() / max(1, best.numel())
         weight[i] = (1 - ADAKV_SAFEGUARD) * share + ADAKV_SAFEGUARD / heads
-    return pruned_plan(prefill, scores, weight)
+    return pruned_plan(prefill, window_score, weight)
 
 
 def sparsemm(prefill: Prefill) -> Plan:
@@ -85,10 +85,9 @@ def sparsemm(prefill: Prefill) -> Plan:
     recognition with bounding boxes. A share SPARSEMM_UNIFORM, our choice, is spread evenly. Wants
     `config.head_profile`.
     """
-    layers, heads = shape(prefill)
-    visual = HeadProfile.load(prefill.config.head_profile, (layers, heads)).visual
+    visual = measured_heads(prefill).visual
     weight = (1 - SPARSEMM_UNIFORM) * visual / visual.sum() + SPARSEMM_UNIFORM / visual.numel()
-    return pruned_plan(prefill, window_scores(prefill), weight)
+    return pruned_plan(prefill, window_score, weight)
 
 
 def quest(prefill: Prefill) -> Plan:
@@ -97,7 +96,7 @@ def quest(prefill: Prefill) -> Plan:
     Left out: two first layers without compression, which would not fit a small budget. Wants
     `config.retrieval = "bound"`.
     """
-    return budgeted_plan(prefill, torch.ones(shape(prefill), dtype=torch.bool))
+    return budgeted_plan(prefill, torch.ones(prefill.shape, dtype=torch.bool))
 
 
 POLICIES: dict[str, Callable[[Prefill], Plan]] = {

@@ -17,8 +17,6 @@ from torch import Tensor
 from hybridkv.config import HybridConfig
 from hybridkv.planning.prune import Span
 
-BY_OVERLAP = ("threshold", "ranks")  # classifiers that want to know how much the queries' top sets overlap
-
 
 @dataclass(frozen=True)
 class LayerProfile:
@@ -26,6 +24,7 @@ class LayerProfile:
 
     Attributes:
         k, v: (H, T, D), keys after RoPE.
+        q: (Hq, W, D), the window's queries, for statistics that only some methods want.
         score: (H, T) float32, the largest attention probability that any window query of any head in the group gives
             to each token.
         mean_score: (H, T) float32, the mean over window queries and heads of the group.
@@ -33,17 +32,15 @@ class LayerProfile:
         focus: (H,) how surely text singles out one far token of the context: the largest probability that a text query
             gives to one prunable token at least `config.window` before it, mean over the group's heads. Text queries
             are the window and, where the context is text, its own last `config.window` tokens.
-        overlap: (H,) mean pairwise Jaccard overlap of the window queries' top sets among prunable tokens; 1 if all
-            queries look at the same tokens. NaN unless `config.classifier` is one of BY_OVERLAP.
     """
 
     k: Tensor
     v: Tensor
+    q: Tensor
     score: Tensor
     mean_score: Tensor
     context_mass: Tensor
     focus: Tensor
-    overlap: Tensor
 
 
 def window_rows(prunable: Tensor, window: int) -> Tensor:
@@ -64,29 +61,16 @@ def window_probabilities(q: Tensor, k: Tensor, rows: Tensor, first: int) -> Tens
     """Causal attention of the window queries of one KV head.
 
     Args:
-        q: (G, T, D) the group's queries; k: (T, D); rows: (W,) query positions, none before `first`.
+        q: (G, W, D) the window's queries of the group; k: (T, D); rows: (W,) their positions, none before `first`.
 
     Returns:
         (G, W, T) float32 probabilities.
     """
-    logits = (q[:, rows].float() * q.shape[-1] ** -0.5) @ k.float().T
+    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().T
     # Every window query sees what comes before `first`.
     hidden = torch.arange(first, k.shape[0], device=k.device) > rows[:, None]  # (W, T - first)
     logits[..., first:].masked_fill_(hidden, float("-inf"))
     return logits.softmax(-1)
-
-
-def jaccard_overlap(probabilities: Tensor, top_share: float) -> Tensor:
-    """Mean pairwise Jaccard overlap of the top sets of W distributions over N tokens, (W, N) -> scalar."""
-    queries, tokens = probabilities.shape
-    if queries < 2 or tokens == 0:
-        return probabilities.new_ones(())
-    size = max(1, round(top_share * tokens))
-    top = probabilities.topk(size, dim=-1).indices
-    member = torch.zeros_like(probabilities).scatter_(1, top, 1.0)
-    shared = member @ member.T  # (W, W) sizes of the intersections; every set has `size` members
-    jaccard = shared / (2 * size - shared)
-    return (jaccard.sum() - queries) / (queries * (queries - 1))
 
 
 def profile_layer(
@@ -98,34 +82,54 @@ def profile_layer(
     first = int(rows.min()) if len(rows) else 0
     # A query's own neighbourhood, and what is no context, is nothing that it looks up.
     near = ~prunable | (rows[:, None] - torch.arange(len(prunable), device=rows.device) < config.window)  # (W, T)
-    score, mean, mass, focus, overlap = [], [], [], [], []
-    by_overlap, unknown = config.classifier in BY_OVERLAP, torch.full((), float("nan"), device=k.device)
+    score, mean, mass, focus = [], [], [], []
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
-        every = window_probabilities(group, key, rows, first)
+        every = window_probabilities(group[:, rows], key, rows, first)
         p = every[:, len(reading) :]  # (G, W, T)
         if not len(asking):  # no text sees the context: nothing is known, and all scores are 0
             p = every.new_zeros(len(group), 1, len(prunable))
         score.append(p.amax((0, 1)))
         mean.append(p.mean((0, 1)))
         mass.append(mean[-1][prunable].sum())
-        overlap.append(jaccard_overlap(p.mean(0)[:, prunable], config.top_share) if by_overlap else unknown)
         focus.append(every.masked_fill_(near, 0.0).amax((1, 2)).mean() if len(rows) else mass[-1])
-    return LayerProfile(k, v, *map(torch.stack, (score, mean, mass, focus, overlap)))
+    return LayerProfile(k, v, q[:, asking], *map(torch.stack, (score, mean, mass, focus)))
+
+
+class NotRead(RuntimeError):
+    """A layer was asked for of a prompt that is planned before it is read."""
+
+
+class Unread(Sequence):
+    """The layers of a prompt that is yet to be read: how many there will be, and no more."""
+
+    def __init__(self, n_layers: int):
+        self.n_layers = n_layers
+
+    def __len__(self) -> int:
+        return self.n_layers
+
+    def __getitem__(self, layer: int) -> LayerProfile:
+        raise NotRead(f"layer {layer} is not read yet")
 
 
 class Prefill:
     """Records one prompt's way through a model: `prefill[layer](q, k, v)` is its attention.
 
     Each layer is called once, in order, with q (1, Hq, T, D) and k, v (1, H, T, D), positions already applied to q
-    and k, and gets causal attention (1, Hq, T, D) back. The profiles gather in `layers`.
+    and k, and gets causal attention (1, Hq, T, D) back.
 
     Args:
         prunable: (T,) bool, the tokens that may be pruned or moved; the others stay in every head's cache. None
             makes all tokens prunable but the last `config.window`, which are taken for the question.
         config: how to profile.
-        on_layer: called after each layer, for progress.
+        on_layer: called after each layer.
         spans: where pictures lie among the tokens, for neighbourhoods in two dimensions. What is prunable and in none
             of them is text.
+
+    Attributes:
+        prunable: as given, less sinks and recent tokens.
+        layers: a `LayerProfile` of each layer that was read; None once its keys and values are packed.
+        like: (H, 0, D), the shape, dtype and device of every layer's keys; None before the first layer.
     """
 
     def __init__(
@@ -138,8 +142,14 @@ class Prefill:
         self.config = config
         self.spans = spans
         self.on_layer = on_layer
-        self.prunable = prunable
-        self.layers: list[LayerProfile] = []
+        self.prunable = None if prunable is None else competing(prunable, config)
+        self.layers: list[LayerProfile | None] | Unread = []
+        self.like: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, KV heads)"""
+        return len(self.layers), len(self.like)
 
     def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return partial(self.attend, layer)
@@ -155,19 +165,37 @@ class Prefill:
                 f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
             )
         if layer == 0:
-            self._start(q.shape[2], q.device)
+            self._start(k[0])
+        if k[0, :, :0].shape != self.like.shape:
+            raise ValueError(f"layer {layer} has keys {tuple(k.shape)}, those before it {tuple(self.like.shape)}")
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.config, self.spans))
         if self.on_layer:
             self.on_layer()
         return out
 
-    def _start(self, tokens: int, device: torch.device) -> None:
+    def _start(self, k: Tensor) -> None:
+        tokens = k.shape[1]
         if self.prunable is None:
-            self.prunable = torch.arange(tokens) < tokens - self.config.window
+            self.prunable = competing(all_but_question(tokens, self.config), self.config)
         if self.prunable.shape != (tokens,):
             raise ValueError(f"prunable has shape {tuple(self.prunable.shape)}, the prompt has {tokens} tokens")
-        self.prunable = competing(self.prunable, self.config).to(device)
+        self.prunable, self.like = self.prunable.to(k.device), k[:, :0].clone()
+
+    def outline(self, n_layers: int, like: Tensor) -> "Prefill":
+        """This record before anything is read: enough to plan, if the policy looks at no layer.
+
+        Args:
+            like: of any prompt that the same model has begun to read.
+        """
+        record = Prefill(self.prunable, self.config, spans=self.spans)
+        record.layers, record.like = Unread(n_layers), like
+        return record
+
+
+def all_but_question(tokens: int, config: HybridConfig) -> Tensor:
+    """What is prunable where nobody says: all but the last `config.window` tokens, (tokens,) bool."""
+    return torch.arange(tokens) < tokens - config.window
 
 
 def competing(prunable: Tensor, config: HybridConfig) -> Tensor:
@@ -176,16 +204,3 @@ def competing(prunable: Tensor, config: HybridConfig) -> Tensor:
     prunable[: config.sinks] = False
     prunable[max(0, len(prunable) - config.recent) :] = False
     return prunable
-
-
-def outline(prunable: Tensor, config: HybridConfig, layers: int, like: LayerProfile, spans: Sequence[Span]) -> Prefill:
-    """The record of a prompt before it is read: shapes without contents, enough to plan and to make room for it.
-
-    Args:
-        prunable: (T,) bool. layers: how many the model has. like: a layer of any prompt's record.
-    """
-    k = like.k.new_empty(1).expand(len(like.k), len(prunable), like.k.shape[-1])  # takes no memory
-    unknown = like.context_mass.new_zeros(len(k))
-    record = Prefill(competing(prunable, config), config, spans=spans)
-    record.layers = [LayerProfile(k, k, unknown, unknown, unknown, unknown, unknown)] * layers
-    return record
