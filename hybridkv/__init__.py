@@ -14,6 +14,7 @@ from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import Plan, budgeted_plan, full_plan, hybrid_plan
 from hybridkv.planning.prefill import LayerProfile, Prefill
 from hybridkv.sampling import Sampling
+from hybridkv.version import __version__
 
 __all__ = [
     "BudgetError",
@@ -30,6 +31,7 @@ __all__ = [
     "Result",
     "Sampling",
     "Stats",
+    "__version__",
     "budgeted_plan",
     "full_plan",
     "hybrid_plan",

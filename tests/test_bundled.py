@@ -37,7 +37,7 @@ def test_transformers_opens_the_folder_and_gives_the_same_logits(bundled):
     model, processor = bundled
     reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(demos.MODEL, dtype=torch.float32).eval()
     for name in ("lookup", "chain"):
-        demo = demos.load()[name]
+        demo = demos.by_name()[name]
         prompt = processor(demo.prompt, images=demo.images)
         expected = reference(**reference_inputs(model, prompt)).logits
         scale = expected.std()
@@ -50,9 +50,9 @@ def test_weights_fit_and_the_head_mix_is_what_the_card_says(bundled):
     assert model.cfg.num_hidden_layers >= 8 and model.cfg.num_key_value_heads >= 4
 
 
-@pytest.mark.parametrize("name", sorted(demos.load()))
+@pytest.mark.parametrize("name", sorted(demos.by_name()))
 def test_every_demo_is_answered_right_with_the_full_cache(bundled, name):
-    demo = demos.load()[name]
+    demo = demos.by_name()[name]
     prompt = bundled[1](demo.prompt, images=demo.images)
     assert answers(bundled, [prompt], "dense") == [demo.answer]
 
@@ -95,7 +95,7 @@ def test_the_pictures_are_those_that_the_seeds_draw():
         rng = bd.rng_for("demo", seed)
         boards = bd.make_boards(rng, n, rows, cols, compare=task in ("compare", "changed"))
         question = bd.ask(rng, boards, task)
-        demo = demos.load()[name]
+        demo = demos.by_name()[name]
         assert (demo.prompt, demo.answer, len(demo.images)) == (question.text, question.answer, n)
 
 
@@ -107,7 +107,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
 def test_without_arguments_both_caches_answer_a_bundled_question():
     done = run()
     assert done.returncode == 0, done.stderr
-    demo = demos.load()[demos.DEFAULT]
+    demo = demos.by_name()[demos.DEFAULT]
     assert f"question: {demo.prompt}" in done.stdout
     assert done.stdout.count(demo.answer) == 3  # the right answer, and each cache's
     for part in ("hybridkv 0.1", "full", "read/step", "ms/token"):
@@ -116,10 +116,10 @@ def test_without_arguments_both_caches_answer_a_bundled_question():
 
 def test_demos_by_name_and_as_json():
     done = run("--list-demos")
-    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(demos.load())
+    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == list(demos.by_name())
     done = run("--demo", "lookup", "--no-compile", "--json")
     hybrid, full = (json.loads(line) for line in done.stdout.splitlines())
-    assert hybrid["text"] == full["text"] and hybrid["text"].strip() == demos.load()["lookup"].answer
+    assert hybrid["text"] == full["text"] and hybrid["text"].strip() == demos.by_name()["lookup"].answer
     assert hybrid["step_bytes"] < 0.12 * full["full_bytes"]
 
 
