@@ -103,6 +103,23 @@ def test_logits(pair, name):
     assert (actual - expected).abs().max() < TOLERANCE
 
 
+def test_a_vision_tower_with_another_rope_theta(tmp_path):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    raw = {k: v for k, v in tiny_vlm.config(vision_layers=3).items() if k != "head_dim"} | {"bos_token_id": None}
+    raw["vision_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 7.0}
+    reference = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**raw)).eval()
+    for p in reference.model.visual.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.1)
+    reference.save_pretrained(tmp_path)
+    visual, patches, grid = from_pretrained(tmp_path, progress=False).visual, torch.randn(12 * 22, 1176), (1, 12, 22)
+    expected = reference.model.visual(patches, torch.tensor([grid])).pooler_output
+    actual = visual(patches, [grid])
+    assert (actual - expected).abs().max() < TOLERANCE * expected.std()
+    visual.cfg = replace(visual.cfg, rope_theta=1e4)
+    assert (visual(patches, [grid]) - expected).abs().max() > 10 * TOLERANCE * expected.std()
+
+
 def test_text_after_a_long_video_counts_on_from_its_last_second(pair):
     """Published rule; transformers from 5.3 on counts from height and width only, so positions are handed to it."""
     reference, model, processor = pair
