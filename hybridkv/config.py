@@ -1,6 +1,7 @@
 """Every choice of the method, in one place. Defaults come from measurements, see Quality in the README."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 from hybridkv.planning.head_profile import HeadProfile
 
@@ -77,6 +78,14 @@ class HybridConfig:
             if not ok:
                 raise ValueError(message)
 
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if kind in (bool, int, float, str):
+                known = isinstance(value, (int, float) if kind is float else kind)
+                check(
+                    known and (kind is bool) == isinstance(value, bool),
+                    f"{field.name} takes {kind.__name__}: {value!r}",
+                )
         check(0 < self.budget <= 1, f"budget must lie in (0, 1], got {self.budget}")
         # FlexAttention's smallest block on GPUs is 16, and blocks must be powers of two.
         power = self.page_size >= 16 and self.page_size & (self.page_size - 1) == 0
@@ -88,9 +97,14 @@ class HybridConfig:
             raise TypeError(f"head_profile takes a HeadProfile: HeadProfile.load({self.head_profile!r})")
         check(0 <= self.dynamic_share <= 1, f"dynamic_share must lie in [0, 1], got {self.dynamic_share}")
         check(0 <= self.threshold <= 1, f"threshold must lie in [0, 1], got {self.threshold}")
-        check(self.dynamic_weight > 0, f"dynamic_weight must be positive, got {self.dynamic_weight}")
+        check(
+            0 < self.dynamic_weight < math.inf, f"dynamic_weight must be positive and finite, got {self.dynamic_weight}"
+        )
         rank = WORD if self.sketch_rank is None else self.sketch_rank
-        check(rank > 0 and rank % WORD == 0, f"sketch_rank must be a positive multiple of {WORD}, got {rank}")
+        check(
+            isinstance(rank, int) and rank > 0 and rank % WORD == 0,
+            f"sketch_rank must be a positive multiple of {WORD}, got {rank}",
+        )
         check(self.window > 0, f"window must be positive, got {self.window}")
         for name in ("pool", "pool_side"):
             width = getattr(self, name)

@@ -179,9 +179,13 @@ class Engine:
             kept[b] = ()  # it lies in the cache now
 
     def _record(self, prompt: object, on_layer: Callable[[], None]) -> Prefill:
-        prunable = getattr(prompt, "prunable", None)
+        ids, prunable = getattr(prompt, "input_ids", None), getattr(prompt, "prunable", None)
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or not len(ids) or ids.is_floating_point():
+            raise ValueError("a prompt's input_ids must be a tensor (T,) of token numbers, with one token at least")
         if prunable is None:
-            prunable = all_but_question(len(prompt.input_ids), self.config)
+            prunable = all_but_question(len(ids), self.config)
+        if not isinstance(prunable, Tensor) or prunable.shape != ids.shape:
+            raise ValueError(f"a prompt's prunable must be a mask (T,), as long as its {len(ids)} tokens")
         return Prefill(prunable, self.config, on_layer, getattr(prompt, "spans", ()))
 
     def _make_room(self, plans: list[Plan], new_tokens: int, like: Prefill) -> None:

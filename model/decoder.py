@@ -108,6 +108,11 @@ class Model(nn.Module):
 
     def embed(self, prompt: PromptLike) -> tuple[Tensor, Tensor]:
         """Embeddings (1, T, C) and positions (3, 1, T) of one prompt, visual embeddings in their places."""
+        outside = (prompt.input_ids < 0) | (prompt.input_ids >= self.cfg.vocab_size)
+        if outside.any():
+            raise ValueError(
+                f"token {int(prompt.input_ids[outside][0])} is not in a vocabulary of {self.cfg.vocab_size}"
+            )
         ids = prompt.input_ids.to(self.device)
         x = self.embed_tokens(ids)
         if self.visual is None:
