@@ -82,10 +82,9 @@ class HybridConfig:
             value, kind = getattr(self, field.name), field.type
             if kind in (bool, int, float, str):
                 known = isinstance(value, (int, float) if kind is float else kind)
-                check(
-                    known and (kind is bool) == isinstance(value, bool),
-                    f"{field.name} takes {kind.__name__}: {value!r}",
-                )
+                known &= (kind is bool) == isinstance(value, bool)
+                check(known, f"{field.name} takes a {kind.__name__}, got {value!r}")
+                check(kind is not int or abs(value) < 1 << 31, f"{field.name} is out of range: {value}")
         check(0 < self.budget <= 1, f"budget must lie in (0, 1], got {self.budget}")
         # FlexAttention's smallest block on GPUs is 16, and blocks must be powers of two.
         power = self.page_size >= 16 and self.page_size & (self.page_size - 1) == 0
