@@ -69,7 +69,7 @@ def test_json_is_alone_on_stdout_and_its_numbers_fit_together(vlm, image, capfd)
 def test_long_text(llama, context, capfd):
     generate.main(
         ["--model", str(llama), "--context", str(context), "--prompt", "What grew?", "--budget", "0.3", "--no-compile",
-         "--json"]
+         "--json", "--max-new-tokens", "4"]
     )  # fmt: skip
     row = json.loads(capfd.readouterr().out)
     assert row["visual_tokens"] == 0 and row["attended_tokens"] < 0.3 * row["prompt_tokens"]
@@ -115,8 +115,9 @@ def test_streamed_text_is_the_text(vlm, image, capsys):
 def test_the_default_budget_gives_way_to_a_short_prompt_and_says_so(vlm, capsys, tmp_path):
     Image.new("RGB", (224, 224), "teal").save(tmp_path / "small.png")
     generate.main(
-        ["--model", str(vlm), "--image", str(tmp_path / "small.png"), "--prompt", "?", "--no-compile", "--json"]
-    )
+        ["--model", str(vlm), "--image", str(tmp_path / "small.png"), "--prompt", "?", "--no-compile", "--json",
+         "--max-new-tokens", "2"]
+    )  # fmt: skip
     out, err = capsys.readouterr()
     row = json.loads(out)
     assert 0.1 < row["budget"] == row["step_bytes"] / row["full_bytes"] < 1
@@ -126,7 +127,8 @@ def test_the_default_budget_gives_way_to_a_short_prompt_and_says_so(vlm, capsys,
 @pytest.mark.parametrize("budget", [[], ["--budget", "0.5"]])
 @pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])
 def test_with_nothing_to_prune_the_full_cache_is_kept_and_a_note_says_so(vlm, capsys, policy, budget):
-    generate.main(["--model", str(vlm), "--prompt", "no picture at all", "--policy", policy, "--no-compile", *budget])
+    arguments = ["--model", str(vlm), "--prompt", "no picture at all", "--no-compile", "--max-new-tokens", "2"]
+    generate.main([*arguments, "--policy", policy, *budget])
     err = capsys.readouterr().err
     share = float(err.partition(" of the full cache a step")[0].split()[-1].rstrip("%"))
     assert share > 100 and err.count("note:") == 1 and f"({share:.1f}%)" in err
