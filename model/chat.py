@@ -31,19 +31,18 @@ class Chat:
         self.tokenizer = tokenizer
         backend = tokenizer.backend_tokenizer
         added = backend.get_added_tokens_decoder()
-        blank = {t.content: i for i, t in added.items() if t.content.isspace()}  # runs of spaces are text
-        self.ids = {t.content: i for i, t in added.items() if t.content not in blank}
-        self.blank = blank
+        self.blank = {t.content: i for i, t in added.items() if t.content.isspace()}  # runs of spaces are text
+        self.ids = {t.content: i for i, t in added.items() if t.content not in self.blank}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.secret = str(secrets.randbits(64))
-        self.renamed = re.compile(rf"\ue000{self.secret}:(\d+)\ue001")
+        self.renamed = re.compile(rf"{self.secret}:(\d+)")
 
         self.encoder = Tokenizer(backend.model)
         for part in ("normalizer", "pre_tokenizer", "post_processor"):
             if getattr(backend, part) is not None:
                 setattr(self.encoder, part, getattr(backend, part))
-        names = {i: t.content if t.content in blank else self._name(i) for i, t in added.items()}
+        names = {i: t.content if t.content in self.blank else self._name(i) for i, t in added.items()}
         self.encoder.add_tokens(
             [
                 AddedToken(names[i], lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized, special=t.special)

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from hybridkv.model.config import CheckpointError, VisionConfig
-from hybridkv.model.pictures import InputError, short
+from hybridkv.model.pictures import InputError, reason, short
 
 # The limits that Qwen's own tools use: 16,384 tokens of 28 x 28 pixels a picture; for video at most 768 tokens a frame
 # pair, 24,576 in all.
@@ -19,7 +19,7 @@ class Patcher:
     """One checkpoint's image processor.
 
     Raises:
-        CheckpointError: `preprocessor_config.json` and `config.json` do not fit each other.
+        CheckpointError: `preprocessor_config.json` can't be used, or does not fit `config.json`.
     """
 
     def __init__(self, image_processor, vision: VisionConfig):
@@ -38,6 +38,13 @@ class Patcher:
         self.high = size.get("longest_edge") or size.get("max_pixels")
         if not (isinstance(self.low, int) and isinstance(self.high, int) and 0 < self.low <= self.high):
             raise CheckpointError("preprocessor_config.json must hold min_pixels and max_pixels, two areas in pixels")
+        side = vision.patch_size * vision.spatial_merge_size
+        try:
+            patches, _ = self._patches([Image.new("RGB", (side, side))], side**2, side**2)
+        except Exception as e:  # its values are not checked before they are used, so that anything may come
+            raise CheckpointError(f"preprocessor_config.json can't be used: {reason(e)}") from e
+        if patches.shape != (1, vision.spatial_merge_size**2, vision.patch_dim) or not patches.isfinite().all():
+            raise CheckpointError("preprocessor_config.json does not make the patches that config.json describes")
 
     def picture(self, picture: Image.Image, low: int | None, high: int | None) -> tuple[Tensor, tuple[int, int, int]]:
         """Patches (N, patch_dim) of a picture, and its grid (1, h, w); None keeps the checkpoint's own bound."""

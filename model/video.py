@@ -100,7 +100,7 @@ def _timeline(container) -> tuple[bool, int, int, int, Fraction]:
     total = len(packets)
     times = {pts for pts, _ in packets}
     if None in times or len(times) < total or not total:
-        rate = stream.average_rate or stream.guessed_rate or 25
+        rate = stream.guessed_rate or stream.average_rate or 25
         return False, 0, total, total, total / Fraction(rate)
     start, (last, duration) = min(times), max(packets)
     if not duration and total > 1:

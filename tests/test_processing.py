@@ -185,10 +185,15 @@ def test_pixel_bounds_by_either_name(vlm, processor, tmp_path):
         ("preprocessor_config.json", dict(min_pixels=10**6, max_pixels=10**4), "two areas in pixels"),
         ("preprocessor_config.json", dict(size={"height": 5, "width": 5}, min_pixels=None), "can't be loaded: size"),
         ("preprocessor_config.json", dict(size={"height": 5, "width": 5}, min_pixels=None, max_pixels=None), "areas"),
+        ("preprocessor_config.json", dict(image_mean=[0.5]), "can't be used: mean must have 3 elements"),
+        ("preprocessor_config.json", dict(image_std="grey"), "can't be"),
+        ("preprocessor_config.json", dict(image_std=[0, 1, 1]), "does not make the patches"),
         ("tokenizer.json", dict(model={"type": "none"}), "can't be loaded"),
         ("tokenizer.json", dict(added_tokens=5), "can't be loaded"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_files_that_do_not_fit_are_named(vlm, tmp_path, file, changes, message):
     with pytest.raises(CheckpointError, match=message) as raised:
         Processor.from_pretrained(edited(vlm, tmp_path / "copy", file, **changes))

@@ -66,9 +66,13 @@ def test_frames_at_a_constant_rate(tmp_path):
     assert which(frames) == list(range(30)) and rate == 10.0  # no more than there are
 
 
-@pytest.mark.parametrize("name", ["clip.mkv", "clip.avi", "clip.mov", "clip.m4v", "clip.webm", "clip.ts", "clip.gif"])
+@pytest.mark.parametrize(
+    "name",
+    ["clip.mp4", "clip.mkv", "clip.avi", "clip.mov", "clip.m4v", "clip.webm", "clip.ts", "clip.gif", "clip.h264"],
+)
 def test_other_containers(tmp_path, name):
-    codec = {".webm": "libvpx-vp9", ".ts": "mpeg2video", ".gif": "gif"}.get(Path(name).suffix, "mpeg4")
+    codecs = {".mp4": "libx264", ".h264": "libx264", ".webm": "libvpx-vp9", ".ts": "mpeg2video"}
+    codec = codecs.get(Path(name).suffix, "mpeg4")
     if name.endswith("gif"):
         pictures = [Image.new("P", (64, 48), i) for i in range(30)]
         for image in pictures:
