@@ -2,7 +2,7 @@
 
 Same interface as `HybridCache`, no pages, no tables. Each device gets what is fastest there: on CPUs the group's query
 heads are query rows; on GPUs they stay heads, which takes a nineteenth of the time on an H100 at 32,768 tokens
-(`bench/SPEED.md`).
+(`docs/speed.md`).
 """
 
 import weakref
