@@ -118,6 +118,8 @@ def _refuse_what_is_not_built(part: Fields) -> None:
         kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds))
     ):
         raise part.error(f"{part.prefix}use_sliding_window or layer_types: sliding-window attention is not supported")
+    for name in ("rope_scaling", "rope_parameters"):
+        part.section(name)  # an object, also where another one is read
     for name in ("per_layer_config", "transformers_weights"):
         if part.given(name):
             raise part.error(f"{part.prefix}{name} is not supported")
@@ -223,7 +225,7 @@ def _text(text: Fields, model_type: str) -> Config:
     vl = model_type == "qwen2_5_vl"
     theta, rope = _rope(text, ("default", "mrope") if vl else ("default",), defaults["rope_theta"])
     section = rope.wholes("mrope_section", (16, 24, 24)) if vl else None
-    if section and (len(section) != 3 or sum(section) * 2 != head_dim):
+    if vl and (len(section) != 3 or sum(section) * 2 != head_dim):
         raise rope.error(
             f"{rope.said('mrope_section', section)} must be three numbers that sum to head_dim / 2 = {head_dim // 2}"
         )

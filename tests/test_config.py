@@ -129,7 +129,7 @@ WRONG = {
     "video_token_id": [*BAD_TOKENS, None],
     "rope_scaling": ["mrope", 1, [1], True, {"type": "yarn"}, {"type": None}, {"type": []}, {"full_attention": {}}],
     "rope_parameters": ["mrope", 1, [1], True],
-    "rope_scaling.mrope_section": ["x", None, [8, 8], [16.0, 0, 0], [-4, 10, 10], [4, 6, 7], {}, 16],
+    "rope_scaling.mrope_section": ["x", None, [], [8, 8], [16.0, 0, 0], [-4, 10, 10], [4, 6, 7], {}, 16],
     "rope_scaling.rope_theta": REAL,
     "rope_scaling.partial_rotary_factor": [0.5, "x"],
     "text_config": ["x", [], 1, True],
