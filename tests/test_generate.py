@@ -22,7 +22,7 @@ KEYS = {
 
 def run(*args: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "hybridkv.generate", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent)
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
 
 
 @pytest.fixture(scope="module")
