@@ -158,8 +158,9 @@ def invalid(rng: random.Random, model: torch.nn.Module) -> str:
 def fuzz(cases: int, seed: int = 0) -> dict[str, int]:
     """Counts of outcomes: right, refused, over budget, and, which must be none, wrong."""
     model = random_model(tiny_config(layers=2, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
-    rng, counts = random.Random(seed), Counter()
+    counts = Counter()
     for case in range(cases):
+        rng = random.Random(f"{seed} {case}")  # so that each can be repeated alone
         outcome = (valid if rng.random() < 0.6 else invalid)(rng, model)
         counts[outcome] += 1
         if outcome == "wrong":

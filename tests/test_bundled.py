@@ -15,6 +15,7 @@ from demo import neighbours
 from demo.batches import Scene, make_batch
 from hybridkv import Engine, HybridConfig, demos
 from hybridkv.model import Processor, from_pretrained
+from hybridkv.planning.variants import reversed_focus
 from tests.test_parity import TOLERANCE, ours, reference_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -66,13 +67,13 @@ def test_a_budget_of_one_is_the_full_cache(bundled):
     assert answers(bundled, prompts, "hybridkv", budget=1.0) == answers(bundled, prompts, "dense")
 
 
-def share_kept(bundled, task: str, **config) -> float:
+def share_kept(bundled, task: str, policy="hybridkv", **config) -> float:
     """Of 10 questions over 1,024 cells, how many of those that the full cache answers right the policy does, too."""
     wanted = cases(bundled, task, 1024, 10)
     texts = answers(bundled, [case.prompt for case in wanted], "dense")
     known = [case for case, text in zip(wanted, texts, strict=True) if case.right(text)]
     assert len(known) >= 5
-    texts = answers(bundled, [case.prompt for case in known], "hybridkv", **config)
+    texts = answers(bundled, [case.prompt for case in known], policy, **config)
     return sum(case.right(text) for case, text in zip(known, texts, strict=True)) / len(known)
 
 
@@ -84,7 +85,7 @@ def test_pruning_keeps_what_the_question_names_and_loses_what_the_answer_leads_t
 def test_a_tenth_of_the_cache_keeps_chains_where_the_right_heads_retrieve(bundled):
     """The default finds the heads that follow pointers; taking the others instead loses every chain."""
     assert share_kept(bundled, "chain", budget=0.1) >= 0.7
-    assert share_kept(bundled, "chain", budget=0.1, classifier="reversed") <= 0.2
+    assert share_kept(bundled, "chain", reversed_focus, budget=0.1) <= 0.2
 
 
 def test_the_pictures_are_those_that_the_seeds_draw():
