@@ -9,6 +9,7 @@ import argparse
 import io
 import random
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -121,8 +122,9 @@ def damaged(rng: random.Random, whole: bytes) -> bytes:
 
 
 def fuzz(cases: int, seed: int) -> dict:
-    """Counts of what was tried, and of what went wrong: `wrong` pixels, `tracebacks`, `refused_wrongly`."""
+    """Counts of what was tried, and of what went wrong: `wrong` pixels, `tracebacks`, `refused_wrongly`; the slowest."""
     rng, counts, examples = random.Random(seed), Counter(wrong=0, tracebacks=0, refused_wrongly=0), []
+    slowest = 0.0
     formats = [f for f in WRITES if f != "JPEG2000" or "JPEG2000" in Image.SAVE]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,6 +139,7 @@ def fuzz(cases: int, seed: int) -> dict:
                 expected = pillow_reads(path)
             except Exception:
                 expected = None
+            start = time.perf_counter()
             try:
                 got, problem = open_image(path), None
                 if got.mode != "RGB" or (expected is not None and not np.array_equal(np.asarray(got), expected)):
@@ -150,10 +153,11 @@ def fuzz(cases: int, seed: int) -> dict:
                 message = str(e)
             except Exception as e:  # what is being looked for
                 message, problem = repr(e), "tracebacks"
+            slowest = max(slowest, time.perf_counter() - start)
             if problem:
                 counts[problem] += 1
                 examples.append((case, kind, problem, message if problem != "wrong" else ""))
-    return {**counts, "examples": examples[:5]}
+    return {**counts, "slowest": slowest, "examples": examples[:5]}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import tempfile
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -203,52 +204,59 @@ def no_prompt(rng: random.Random, processor: Processor) -> dict:
     return {**arguments, name: value}
 
 
+def is_right(processor: Processor, prompt, given: dict, kind: str) -> bool:
+    merge = processor.cfg.vision.spatial_merge_size**2 if processor.cfg.vision else 1
+    sizes = [t * h * w // merge for t, h, w in prompt.grids]
+    kinds = ["image"] * len(given.get("images", [])) + ["video"] * len(given.get("videos", []))
+    text, context = given["text"], given.get("context", "")
+    chat = rendered(processor, text, context, kinds, sizes)
+    if kind == "hostile":
+        harmless = processor(**{**given, "text": "a", "context": "b" if context else ""})
+        return hostile_is_right(processor, prompt, chat, harmless)
+    body = f"{context.strip()}\n\n{text}" if context else text
+    return ordinary_is_right(processor, prompt, chat, context, body if body in chat else body.strip())  # or trimmed
+
+
+def arguments_of(kind: str, rng: random.Random, processor: Processor) -> dict:
+    if kind == "invalid":
+        return no_prompt(rng, processor)
+    tokens = list(processor.tokenizer.get_added_vocab())
+    while True:
+        given = {"text": some_text(rng, tokens if kind == "hostile" else ())}
+        if rng.random() < 0.5:
+            given["context"] = some_text(rng, tokens if kind == "hostile" else ())
+        if kind == "hostile" or not any(token in "\n\n".join(given.values()) for token in tokens):
+            return given | visual_inputs(rng, processor)
+
+
 def fuzz(cases: int, seed: int) -> dict:
-    """Counts of what was tried, and of what went wrong: `wrong` results, `tracebacks`, `not_refused`."""
+    """Counts of what was tried and what went wrong: `wrong` results, `tracebacks`, `not_refused`; the slowest case."""
     rng, counts, examples = random.Random(seed), Counter(wrong=0, tracebacks=0, not_refused=0), []
+    slowest = 0.0
     with tempfile.TemporaryDirectory() as folder:
         known = processors(Path(folder))
         for case in range(cases):
             name = rng.choice(list(known))
-            processor, kind = known[name], ("ordinary", "hostile", "ordinary", "invalid")[case % 4]
+            kind = ("ordinary", "hostile", "ordinary", "invalid")[case % 4]
+            given = arguments_of(kind, rng, known[name])
             counts[kind] += 1
-            tokens = list(processor.tokenizer.get_added_vocab())
-            given = {"text": some_text(rng, tokens if kind == "hostile" else ())}
-            if rng.random() < 0.5:
-                given["context"] = some_text(rng, tokens if kind == "hostile" else ())
-            given |= visual_inputs(rng, processor)
-            if kind == "invalid":
-                given = no_prompt(rng, processor)
-            if kind == "ordinary" and any(t in given["text"] + given.get("context", "") for t in tokens):
-                continue
+            start = time.perf_counter()
             try:
-                prompt = processor(**given)
+                prompt = known[name](**given)
                 problem = "not_refused" if kind == "invalid" else None
-                if kind != "invalid":
-                    images, videos = given.get("images", []), given.get("videos", [])
-                    merge = processor.cfg.vision.spatial_merge_size**2 if processor.cfg.vision else 1
-                    sizes = [t * h * w // merge for t, h, w in prompt.grids]
-                    kinds = ["image"] * len(images) + ["video"] * len(videos)
-                    context = given.get("context", "")
-                    chat = rendered(processor, given["text"], context, kinds, sizes)
-                    if kind == "ordinary":
-                        body = f"{context.strip()}\n\n{given['text']}" if context else given["text"]
-                        body = body.strip() if body not in chat else body  # some templates trim
-                        right = ordinary_is_right(processor, prompt, chat, context, body)
-                    else:
-                        harmless = processor(**{**given, "text": "a", "context": "b" if context else ""})
-                        right = hostile_is_right(processor, prompt, chat, harmless)
-                    problem = None if right else "wrong"
+                if kind != "invalid" and not is_right(known[name], prompt, given, kind):
+                    problem = "wrong"
             except InputError as e:
                 counts["refused"] += 1
                 one_line = len(str(e)) < 400 and "\n" not in str(e)
                 problem = None if kind == "invalid" and one_line else "wrong"
             except Exception as e:  # what is being looked for
                 given["error"], problem = repr(e), "tracebacks"
+            slowest = max(slowest, time.perf_counter() - start)
             if problem:
                 counts[problem] += 1
                 examples.append((name, kind, problem, given))
-    return {**counts, "examples": examples[:5]}
+    return {**counts, "slowest": slowest, "examples": examples[:5]}
 
 
 if __name__ == "__main__":
