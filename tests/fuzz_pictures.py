@@ -122,7 +122,7 @@ def damaged(rng: random.Random, whole: bytes) -> bytes:
 
 
 def fuzz(cases: int, seed: int) -> dict:
-    """Counts of what was tried, and of what went wrong: `wrong` pixels, `tracebacks`, `refused_wrongly`; the slowest."""
+    """Counts of what was tried and what went wrong: `wrong` pixels, `tracebacks`, `refused_wrongly`; the slowest."""
     rng, counts, examples = random.Random(seed), Counter(wrong=0, tracebacks=0, refused_wrongly=0), []
     slowest = 0.0
     formats = [f for f in WRITES if f != "JPEG2000" or "JPEG2000" in Image.SAVE]
