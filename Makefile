@@ -1,12 +1,13 @@
 # make demo    a bundled picture, question and model: the hybrid cache beside the full cache
-# make test    lint and tests
-# Both make their own virtual environment with pinned versions. PYTHON chooses the interpreter, 3.11 or later.
+# make test    lint and tests; make test-slow, the tests that compile much
+# They make their own virtual environment with pinned versions. PYTHON chooses the interpreter, 3.11 or later.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS ?= 2  # processes that share the tests, file by file; each wants a core and 2 GB
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 # torch first, and the CPU build where there is one: on machines without a GPU the default build is gigabytes larger.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -20,7 +21,10 @@ demo: $(VENV)/ready
 	$(PY) -m hybridkv.generate
 
 test: lint
-	$(PY) -m pytest --cov --cov-fail-under=90
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-fail-under=90
+
+test-slow: $(VENV)/ready
+	$(PY) -m pytest --numprocesses $(WORKERS) -m slow
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,7 @@
     python -m bench.compile_time --depths 2 8 28
 
 All layers share one compiled region, so the time should hardly grow. Each measurement is a process of its own with a
-compile cache of its own; the second run of the same process finds it warm.
+compile cache of its own; the second run of the same process finds it warm. A row counts the graphs found in it, too.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+
+from torch._dynamo.utils import counters
 
 from bench.common import add_model_arguments, describe, make_model, write_row
 from bench.decode import ours
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.one:
         policy = args.policies[0]
         each = ours(make_model(args), policy, HybridConfig(budget=0.2 if policy == "hybridkv" else 1.0), CONTEXT, 1, 8)
-        print(each.warm_up().compile_s)
+        print(each.warm_up().compile_s, counters["aot_autograd"]["autograd_cache_hit"])
         return
 
     given = list(sys.argv[1:] if argv is None else argv)
@@ -43,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 command = [sys.executable, "-m", "bench.compile_time", *given, "--one"]
                 command += ["--layers", str(depth), "--policies", policy]
                 environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-                cold, warm = (
-                    float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
-                    for _ in range(2)
-                )
-            print(f"{depth:8d} {policy:>12} {cold:9.1f} {warm:9.1f}", flush=True)
-            write_row(args.out, {"contender": policy, "cold_s": cold, "warm_s": warm} | about | {"layers": depth})
+                row = {"contender": policy}
+                for run in ("cold", "warm"):
+                    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+                    seconds, hits = done.stdout.split()
+                    row |= {f"{run}_s": float(seconds), f"{run}_hits": int(hits)}
+            print(f"{depth:8d} {policy:>12} {row['cold_s']:9.1f} {row['warm_s']:9.1f}", flush=True)
+            write_row(args.out, row | about | {"layers": depth})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dataclasses import replace
 
 import psutil
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.common import QUESTION, add_model_arguments, describe, make_model, write_row
@@ -37,12 +38,27 @@ STAGES = ("weights", "prefill_peak", "prefilled", "decode_peak")
 
 
 def traced(work: Callable[[], object]) -> tuple[int, int]:
-    """What `work` adds to the CPU's allocated memory at most, and what is left of it at the end, in bytes."""
+    """What `work` adds to the CPU's allocated memory at most, and what is left of it at the end, in bytes.
+
+    Memory is known by its address: what was there before, and is freed meanwhile by whomever, does not count.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    running = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())))
-    return max(running, default=0), running[-1] if running else 0
+    pending, allocations = list(trace.profiler.kineto_results.experimental_event_tree()), []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            allocations.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    held, now, peak = {}, 0, 0
+    for _, address, size in sorted(allocations, key=lambda each: each[0]):
+        if size > 0:
+            held[address] = size
+            now += size
+        else:
+            now -= held.pop(address, 0)
+        peak = max(peak, now)
+    return peak, now
 
 
 def measured(work: Callable[[], object], device: torch.device) -> tuple[int, int]:

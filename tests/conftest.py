@@ -1,5 +1,8 @@
-"""Fixtures: tiny checkpoints, made once for the whole run."""
+"""Fixtures: tiny checkpoints, made once for the whole run. And what makes runs alike: threads, caches, seeds."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,41 @@ from hypothesis import settings
 
 from demo import tiny_vlm
 
-# The same examples at every run, so that a change is judged by what it changed. To look for new ones:
+# Tensors here are so small that a second thread only waits for the first, and on a busy machine waits long. Compilers
+# write their code for one thread, too, and the environment is for child processes.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+# The same examples at every run, so that a change is judged by what it changed. To look for new ones, and for more:
 # python -m pytest --hypothesis-profile=explore
-settings.register_profile("repeat", derandomize=True, deadline=None)
-settings.register_profile("explore", derandomize=False, deadline=None)
+settings.register_profile("repeat", derandomize=True, deadline=None, database=None)
+settings.register_profile("explore", derandomize=False, deadline=None, max_examples=1000)
 settings.load_profile("repeat")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing that an earlier run compiled is used; what one test compiles, another may take (workers share it)."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.compiled = tempfile.mkdtemp(prefix="hybridkv-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compiled
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if folder := getattr(config, "compiled", None):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# Random numbers do not depend on which tests ran before.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

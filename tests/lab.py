@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +14,11 @@ from hybridkv.model import Prompt
 from hybridkv.planning.head_profile import HeadProfile
 
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def examples(n: int) -> settings:
+    """So many of a property; with the profile `explore` (conftest.py) ten times as many."""
+    return settings(max_examples=n * settings.default.max_examples // 100, deadline=None)
 
 
 def random_prefill(
@@ -190,6 +196,7 @@ __all__ = [
     "attention",
     "check",
     "configs",
+    "examples",
     "full_plan",
     "kinds",
     "plan_or_none",

@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,6 +19,7 @@ from demo.trainee import SIZES, config
 from demo.vocabulary import KEY_TOKENS, VOCABULARY, WORD, encode
 from hybridkv.model.config import parse_config
 from hybridkv.model.processing import Processor
+from tests.lab import examples
 
 
 def make(seed: int, task: str, rows: int, cols: int, n: int) -> tuple[list[bd.Board], bd.Question]:
@@ -84,7 +85,7 @@ def solve(boards: list[bd.Board], question: str) -> str:
 sides = st.integers(2, 12)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.integers(0, 10**6), st.sampled_from(bd.TASKS), sides, sides, st.integers(1, 4))
 def test_answers_are_what_a_reader_of_the_boards_finds(seed, task, rows, cols, n):
     boards, question = make(seed, task, rows, cols, n)
@@ -167,7 +168,7 @@ def test_every_glyph_of_every_font_is_drawn_inside_its_patch():
             assert distance.min() > 0.5  # no two look the same
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(0, 10**6), st.sampled_from(bd.TASKS))
 def test_fast_encoding_is_the_tokenizers(processor, seed, task):
     _, question = make(seed, task, 4, 4, 2)

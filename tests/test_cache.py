@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import assume, event, given, settings
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.capacity import bucket
 from hybridkv.cache.sketch import encode, from_words
-from tests.lab import Bench, attention, check, configs, kinds, plan_or_none, prompts, random_prefill, shapes
-
-examples = settings(max_examples=150, deadline=None)
+from tests.lab import Bench, attention, check, configs, examples, kinds, plan_or_none, prompts, random_prefill, shapes
 
 
-@examples
+@examples(60)
 @given(
     masks=st.lists(prompts(), min_size=1, max_size=3),
     config=configs,
@@ -37,7 +35,7 @@ def test_output_is_dense_attention_with_the_explicit_mask(masks, config, shape, 
         check(bench.step(group))
 
 
-@examples
+@examples(60)
 @given(mask=prompts(), config=configs, shape=shapes, steps=st.integers(1, 20), seed=st.integers(0, 999))
 def test_everything_kept_is_full_attention(mask, config, shape, steps, seed):
     """Budget 1.0, and dynamic lanes that retrieve every chunk, see every token: prompt and generated."""
@@ -57,7 +55,7 @@ def test_everything_kept_is_full_attention(mask, config, shape, steps, seed):
                 assert len(bench.slot_of[layer][lane]) == len(bench.k[layer][lane])
 
 
-@examples
+@examples(100)
 @given(mask=prompts(), config=configs, shape=shapes, seed=st.integers(0, 999))
 def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
     """If the tokens left out hold attention mass m, the output moves by at most 2 m max|v|."""
@@ -83,7 +81,7 @@ def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
         assert (moved <= 2 * left_out * v.double().abs().max() + 1e-9).all()
 
 
-@examples
+@examples(60)
 @given(
     masks=st.lists(prompts(), min_size=1, max_size=3),
     config=configs,
@@ -115,7 +113,7 @@ def test_no_slot_has_two_owners(masks, config, shape, steps, seed):
             cache.advance(active)
 
 
-@examples
+@examples(100)
 @given(mask=prompts(400), config=configs, shape=shapes, layers=st.integers(1, 4), seed=st.integers(0, 999))
 def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, seed):
     heads, group, dim = shape
@@ -147,7 +145,7 @@ def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, s
         assert all(bench.slot_of[layer][lane][t] // config.page_size not in chunks for t in always)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     masks=st.lists(prompts(), min_size=2, max_size=3),
     config=configs,
@@ -180,7 +178,7 @@ def test_a_batch_is_each_sequence_alone(masks, config, shape, seed, steps):
             single.cache.advance(torch.ones(1, dtype=torch.bool))
 
 
-@examples
+@examples(60)
 @given(masks=st.lists(prompts(), min_size=1, max_size=3), config=configs, shape=shapes, steps=st.integers(0, 40))
 def test_every_byte_is_accounted_for(masks, config, shape, steps):
     """Resident, new and spare bytes add up to the tensors that the cache holds; a step's to what its tables list."""
@@ -247,7 +245,7 @@ def test_generated_pages_become_retrievable_for_dynamic_lanes_and_fixed_for_stat
     assert cost.new == 3 * 4 * bench.cache.costs.page + int(dynamic.sum()) * 3 * bench.cache.costs.summary
 
 
-@settings(max_examples=60, deadline=None)
+@examples(40)
 @given(mask=prompts(), shape=shapes, retrieval=st.sampled_from(["sketch", "bound", "exact"]), steps=st.integers(0, 40))
 def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, steps):
     """For prompt and generated tokens, in full chunks and in the tail, after any number of appended tokens."""

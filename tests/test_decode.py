@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.torch_version import TorchVersion
 
@@ -32,7 +32,7 @@ from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import static_score
 from hybridkv.planning.policies import POLICIES
 from hybridkv.sampling import sample
-from tests.lab import prompt
+from tests.lab import examples, prompt
 
 NANOGPT = Path(__file__).parent.parent / "examples" / "nanogpt.py"
 
@@ -302,7 +302,7 @@ def test_bad_calls(model):
         Sampling(top_p=0)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.integers(2, 40), st.floats(0.2, 3), st.floats(0.05, 1), st.integers(0, 999))
 def test_samples_come_from_the_smallest_set_that_reaches_top_p(vocab, temperature, top_p, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv import BudgetError, HybridConfig, Prefill, full_plan, hybrid_plan
@@ -29,15 +29,12 @@ from hybridkv.planning.plan import Costs
 from hybridkv.planning.prefill import window_rows
 from hybridkv.planning.prune import keep_order, pooled, tile_order
 from hybridkv.planning.variants import VARIANTS, movement
-from tests.lab import configs, prompts, random_prefill, shapes
-
-examples = settings(max_examples=100, deadline=None)
-
+from tests.lab import configs, examples, prompts, random_prefill, shapes
 
 # profile
 
 
-@examples
+@examples(100)
 @given(mask=prompts(200), config=configs, shape=shapes, pictured=st.booleans(), seed=st.integers(0, 99))
 def test_profile_is_what_dense_attention_says(mask, config, shape, pictured, seed):
     heads, group, dim = shape
@@ -129,7 +126,7 @@ def test_movement_and_what_is_settled():
     assert settled_share(mass, same)[1, 1] == pytest.approx(1 - 0.9 * 0.9)
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 6), st.integers(1, 8), st.floats(0, 1), st.integers(0, 99), st.booleans())
 def test_share_is_met_exactly_whatever_the_scores(layers, heads, share, seed, ties):
     score = torch.rand(layers, heads, generator=torch.Generator().manual_seed(seed))
@@ -179,7 +176,7 @@ def splits(draw):
     return draw(st.integers(int(floor.sum()), int(cap.sum()) + 10)), weight, floor, cap
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(splits())
 def test_split_is_exact_within_bounds_and_proportional(case):
     total, weight, floor, cap = case
@@ -198,7 +195,7 @@ def test_split_refuses_less_than_the_floors():
         split(3, torch.ones(2), torch.tensor([2, 2]), torch.tensor([9, 9]))
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 999), st.sampled_from([0.5, 1.0, 2.0]))
 def test_allocation_is_exact_at_every_level(layers, heads, seed, dynamic_weight):
     generator = torch.Generator().manual_seed(seed)
@@ -296,7 +293,7 @@ def test_kept_tokens_are_those_the_text_points_at_with_their_neighbours():
     assert pooled(score, 3)[0].tolist() == pytest.approx([0.9, 0.9, 0.9, 0.1, 0.0, 0.8, 0.8, 1.0, 1.0])
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 40), st.sampled_from([1, 3, 15]), st.sampled_from([0.1, 0.5, 1.0]), st.integers(0, 99))
 def test_neighbours_in_text_count_by_their_weight(tokens, width, weight, seed):
     score = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed))
@@ -307,7 +304,7 @@ def test_neighbours_in_text_count_by_their_weight(tokens, width, weight, seed):
     assert torch.equal(score, torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)))  # not written to
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 5]), st.integers(0, 99))
 def test_pictures_are_pooled_along_both_sides(t, h, w, side, seed):
     score = torch.rand(2, 5 + t * h * w + 3, generator=torch.Generator().manual_seed(seed))
@@ -323,7 +320,7 @@ def test_pictures_are_pooled_along_both_sides(t, h, w, side, seed):
 # retrieve
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12), st.sampled_from([16, 32, 64]), st.integers(0, 6))
 def test_tiles_hold_neighbours_and_every_token_once(t, h, w, page_size, text):
     prunable = torch.ones(text + t * h * w + 3, dtype=torch.bool)
@@ -344,7 +341,7 @@ def test_tiles_hold_neighbours_and_every_token_once(t, h, w, page_size, text):
     assert inside == tiles
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 3), st.integers(20, 200), st.sampled_from([8, 32]), st.integers(0, 99))
 def test_a_full_rank_sketch_is_a_rotation(lanes, tokens, dim, seed):
     """With all dimensions only int8 rounding is lost: half a step in each coordinate."""
@@ -366,7 +363,7 @@ def test_words_hold_four_bytes():
         assert torch.equal(from_words(words, j), z[..., j::4].float())
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
 def test_sums_written_out_are_those_of_the_matmul(lanes, group, chunks, n_words, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -386,7 +383,7 @@ def test_sums_written_out_are_those_of_the_matmul(lanes, group, chunks, n_words,
     torch.testing.assert_close(scores, token_scores(rounded, sketch, table), atol=bound, rtol=0)
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 12), st.sampled_from([16, 32]), st.integers(0, 99))
 def test_sketch_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group, chunks, page_size, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -413,7 +410,7 @@ def test_sketch_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group,
             assert set(select(scores, table, 1)[lane].tolist()) == {int(table[lane, scores[lane].argmax()])}
 
 
-@examples
+@examples(100)
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 12), st.integers(0, 99))
 def test_bounds_are_above_every_exact_score(lanes, group, chunks, seed):
     """Before the softmax over chunks, Quest's score is at least that of the chunk's best key."""

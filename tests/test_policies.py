@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from demo.tiny_vlm import config as tiny_config
@@ -13,7 +13,7 @@ from demo.tiny_vlm import random_model
 from hybridkv import BudgetError, Engine, HybridConfig, Prefill
 from hybridkv.planning.plan import Costs, Plan, check_plan
 from hybridkv.planning.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, sparsemm, streaming
-from tests.lab import Bench, check, head_profile, prompt, prompts, random_prefill
+from tests.lab import Bench, check, examples, head_profile, prompt, prompts, random_prefill
 
 TOKENS = 800
 MASK = torch.arange(TOKENS) < TOKENS - 20
@@ -34,7 +34,7 @@ def kept(record: Prefill, plan: Plan, layer: int, head: int) -> set[int]:
     return set(plan.order(record, layer)[head, : int(plan.n_read[layer, head]) * plan.page_size].tolist())
 
 
-@settings(max_examples=80, deadline=None)
+@examples(60)
 @given(
     st.sampled_from(sorted(POLICIES)), prompts(), st.sampled_from([0.3, 0.5, 0.8]), st.integers(0, 99), st.booleans()
 )
