@@ -144,6 +144,15 @@ def test_the_tree_in_method_is_the_tree():
         assert list(ROOT.glob(f"*/{name}")) + list(ROOT.glob(f"hybridkv/*/{name}")), name
 
 
+def test_every_option_and_field_is_named():
+    text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert options("hybridkv.generate") - {"--help"} <= set(re.findall(r"--[a-z-]+", text))
+    source = (ROOT / "hybridkv" / "report.py").read_text(encoding="utf-8").split("def table")[0]
+    assert set(re.findall(r'^ +"(\w+)":', source, re.M)) <= set(
+        re.findall(r"`(\w+)`", text.split("`--json` prints")[1])
+    )
+
+
 def test_readme_is_short_and_its_code_compiles():
     assert len(README.read_text(encoding="utf-8").splitlines()) < 150
     blocks = code_blocks(README)
