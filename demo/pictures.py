@@ -17,7 +17,7 @@ DEMOS = {
     "read": ("read a row of 1,024 cells, cell by cell", "right", 32, 32, 1, 0),
     "compare": ("where one of 576 cells points on two boards", "compare", 24, 24, 2, 1),
     "lookups": ("six cells among 1,024, in one question", "lookups", 32, 32, 1, 6),
-    "large": ("one cell among 4,096", "lookup", 64, 64, 1, 0),
+    "large": ("follow pointers from cell to cell, over 4,096 cells", "chain", 64, 64, 1, 0),
 }
 
 

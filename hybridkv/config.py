@@ -1,4 +1,4 @@
-"""Every choice of the method, in one place. Defaults come from measurements, see Quality in the README."""
+"""Every choice of the method, in one place. Defaults come from measurements, see docs/quality.md."""
 
 import math
 from dataclasses import dataclass, fields
