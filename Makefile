@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 	$(PY) -m hybridkv.generate
 
 test: lint
-	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-fail-under=90
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-fail-under=90
 
 test-slow: $(VENV)/ready
 	$(PY) -m pytest --numprocesses $(WORKERS) -m slow

@@ -142,7 +142,7 @@ def test_devices(monkeypatch):
 @pytest.fixture(params=["missing", "not a program", "without headers", "silent"])
 def broken_compiler(request, tmp_path, monkeypatch) -> Iterator[Path]:
     """A C++ compiler that does not work; one answers `--version`, as if all were well."""
-    from torch._inductor import config
+    from torch._inductor import config, cpu_vec_isa
 
     path = tmp_path / "c++"
     answer = 'case "$*" in *--version*) echo "g++ 13.0"; exit 0;; esac\n'
@@ -152,8 +152,13 @@ def broken_compiler(request, tmp_path, monkeypatch) -> Iterator[Path]:
         path.chmod(0o644 if request.param == "not a program" else 0o755)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
+    remembered = (cpu_vec_isa.valid_vec_isa_list, cpu_vec_isa.VecISA._VecISA__bool__impl)
+    for each in remembered:
+        each.cache_clear()
     with config.patch({"cpp.cxx": (None, str(path))}):
         yield path
+    for each in remembered:  # else later tests would compile for a processor without vectors, or not at all
+        each.cache_clear()
 
 
 def test_without_a_compiler_it_says_so_once_and_runs_uncompiled(broken_compiler, capsys):
