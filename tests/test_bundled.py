@@ -126,7 +126,7 @@ def test_without_arguments_both_caches_answer_a_bundled_question():
     demo = demos.by_name()[demos.DEFAULT]
     assert f"question: {demo.prompt}" in done.stdout
     assert done.stdout.count(demo.answer) == 3  # the right answer, and each cache's
-    for part in ("hybridkv 0.1", "full", "read/step", "ms/token"):
+    for part in ("compiling the decoding step", "hybridkv 0.1", "full", "read/step", "ms/token"):
         assert part in done.stderr
 
 

@@ -11,7 +11,7 @@ from hybridkv.cache.sketch import encode, from_words
 from tests.lab import Bench, attention, check, configs, examples, kinds, plan_or_none, prompts, random_prefill, shapes
 
 
-@examples(60)
+@examples(100)
 @given(
     masks=st.lists(prompts(), min_size=1, max_size=3),
     config=configs,

@@ -39,14 +39,27 @@ def context(tmp_path_factory) -> Path:
     return path
 
 
-def test_picture_compiled_beside_the_full_cache(vlm, image):
-    """--compare streams both answers to stdout; the table goes to stderr."""
+@pytest.mark.parametrize("how", [["--no-compile"], pytest.param([], marks=pytest.mark.slow)], ids=" ".join)
+def test_picture_beside_the_full_cache(vlm, image, how):
+    """--compare streams both answers to stdout; the table goes to stderr. Compiled also in test_bundled.py."""
     done = run(
-        "--model", vlm, "--image", image, "--prompt", "What?", "--budget", 0.2, "--compare", "--max-new-tokens", 12
+        "--model",
+        vlm,
+        "--image",
+        image,
+        "--prompt",
+        "What?",
+        "--budget",
+        0.2,
+        "--compare",
+        "--max-new-tokens",
+        12,
+        *how,
     )
     assert done.returncode == 0, done.stderr
     assert "--- hybridkv cache, budget 0.2" in done.stdout and "--- full cache" in done.stdout
-    for part in ("compiling the decoding step", "text + 900 visual", "hybridkv 0.2", "read/step", "ms/token"):
+    assert ("compiling the decoding step" in done.stderr) == (not how)
+    for part in ("text + 900 visual", "hybridkv 0.2", "read/step", "ms/token"):
         assert part in done.stderr
 
 
