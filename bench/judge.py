@@ -55,7 +55,8 @@ def variants_at(text: str, budgets: Sequence[float], head_profile: str | None = 
         head_profile: file of an offline profile, for those that want one.
     """
     variant = parse_variant(text)
-    wants = variant.config.classifier == "profile" or variant.policy == "sparsemm"
+    config = variant.config
+    wants = config.classifier == "profile" or config.retrieving_layers or variant.policy == "sparsemm"
     policy, _, settings = text.partition(":")
     given = settings.split(",") if settings else []
     others = [setting for setting in given if not setting.startswith("budget=")]

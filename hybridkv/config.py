@@ -29,6 +29,8 @@ class HybridConfig:
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
         classifier: how heads are told apart: `focus` (see `LayerProfile`), `profile` (the offline head profile), or
             `threshold` (the paper's fixed one). What it was compared with is in `planning/variants.py`.
+        retrieving_layers: share of the layers that dynamic heads may be in, the neediest by `head_profile`; None, or
+            without a profile, for all. Retrieval costs a layer its kernels, however few of its heads use them.
         dynamic_share: share of KV heads, over all layers, that are dynamic, one at least unless it is 0; `threshold`
             does not look at it.
         threshold: a head is static when at least this share of its attention is settled once the prompt is read (see
@@ -57,6 +59,7 @@ class HybridConfig:
     strict: bool = True
     page_size: int = 16
     classifier: str = "focus"
+    retrieving_layers: float | None = None
     dynamic_share: float = 0.25
     threshold: float = 0.9
     head_profile: HeadProfile | None = None
@@ -95,6 +98,8 @@ class HybridConfig:
         if not isinstance(self.head_profile, HeadProfile | None):
             raise TypeError(f"head_profile takes a HeadProfile: HeadProfile.load({self.head_profile!r})")
         check(0 <= self.dynamic_share <= 1, f"dynamic_share must lie in [0, 1], got {self.dynamic_share}")
+        layers = 1 if self.retrieving_layers is None else self.retrieving_layers
+        check(0 < layers <= 1, f"retrieving_layers must lie in (0, 1], got {layers}")
         check(0 <= self.threshold <= 1, f"threshold must lie in [0, 1], got {self.threshold}")
         check(
             0 < self.dynamic_weight < math.inf, f"dynamic_weight must be positive and finite, got {self.dynamic_weight}"

@@ -116,6 +116,22 @@ def tolerance(q: Tensor, k: Tensor, v: Tensor) -> float:
     return relative * float(v.double().abs().max()) + 1e-12
 
 
+def at(cache: HybridCache, layer: int) -> tuple[Tensor, Tensor | None]:
+    """A layer's number, and that among the layers that retrieve."""
+    each = cache[layer]
+    return each.layer, each.nth if each.retrieves else None
+
+
+def chunks_of(cache: HybridCache, layer: int, lane: int) -> list[int]:
+    """Store pages of a lane, read off the tables; none of a static one."""
+    row = int(cache.row[layer, lane]) - 1
+    if row < 0:
+        return []
+    nth = cache.retrieving.tolist().index(layer)
+    assert int(cache.lane[nth, row]) == lane
+    return cache.chunks[nth, row, : cache.n_chunks[nth, row]].tolist()
+
+
 @dataclass
 class Bench:
     """A loaded cache, and for each lane the keys and values of all its tokens, prompt and generated."""
@@ -145,7 +161,7 @@ class Bench:
     def _prompt_slots(self, layer: int, lane: int, order: Tensor) -> dict[int, int]:
         """token -> slot of a lane's prompt, read off the tables."""
         c = self.cache
-        pages = [*c.chunks[layer, lane, : c.n_chunks[layer, lane]].tolist()]
+        pages = chunks_of(c, layer, lane)
         pages += [*c.fixed[layer, lane, : c.n_fixed[layer, lane]].tolist(), int(c.tail[layer, lane])]
         slots = [page * c.page_size + i for page in pages for i in range(c.page_size)]
         slots = slots[: len(slots) - c.page_size + int(c.fill[layer, lane])]
@@ -162,7 +178,7 @@ class Bench:
         for layer in range(self.layers):
             q, k, v = self.random(self.heads * group), self.random(self.heads), self.random(self.heads)
             lanes = q.view(-1, group, self.dim)
-            pages, n_pages = c._to_read(torch.tensor(layer), lanes)
+            pages, n_pages = c._to_read(*at(c, layer), lanes)
             tail, fill = c.tail[layer].clone(), c.fill[layer].clone()
             out = (attend or (lambda layer, *qkv: c[layer](*qkv)))(layer, q, k, v).view_as(lanes)
             exact, tolerances = [], []

@@ -8,7 +8,20 @@ from hypothesis import strategies as st
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.capacity import bucket
 from hybridkv.cache.sketch import encode, from_words
-from tests.lab import Bench, attention, check, configs, examples, kinds, plan_or_none, prompts, random_prefill, shapes
+from tests.lab import (
+    Bench,
+    at,
+    attention,
+    check,
+    chunks_of,
+    configs,
+    examples,
+    kinds,
+    plan_or_none,
+    prompts,
+    random_prefill,
+    shapes,
+)
 
 
 @examples(100)
@@ -72,7 +85,7 @@ def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
         query = q.view(-1, group, dim)[lane]
         full = attention(query, k, v)
         slots = bench.slot_of[0][lane]
-        pages, n = bench.cache._to_read(torch.tensor(0), q.view(-1, group, dim))
+        pages, n = bench.cache._to_read(*at(bench.cache, 0), q.view(-1, group, dim))
         read = {*pages[lane, : n[lane]].tolist(), slots[len(k) - 1] // config.page_size}
         seen = [t for t, s in slots.items() if s // config.page_size in read]
         weights = torch.softmax(query.double() @ k.double().T * dim**-0.5, -1)
@@ -102,7 +115,7 @@ def test_no_slot_has_two_owners(masks, config, shape, steps, seed):
         pages = cache.tail.flatten().tolist()
         for layer in range(2):
             for lane in range(len(masks) * heads):
-                pages += cache.chunks[layer, lane, : cache.n_chunks[layer, lane]].tolist()
+                pages += chunks_of(cache, layer, lane)
                 pages += cache.fixed[layer, lane, : cache.n_fixed[layer, lane]].tolist()
         assert len(set(pages)) == len(pages)
         assert 0 not in pages and max(pages) < cache.capacity.n_pages
@@ -140,7 +153,7 @@ def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, s
                 assert len(bench.slot_of[layer][lane]) == int(plan.n_read[layer, lane]) * config.page_size
     # Always-kept tokens are never left to retrieval.
     for layer, lane in plan.dynamic.nonzero().tolist():
-        chunks = set(bench.cache.chunks[layer, lane, : bench.cache.n_chunks[layer, lane]].tolist())
+        chunks = set(chunks_of(bench.cache, layer, lane))
         chunks.add(int(bench.cache.tail[layer, lane]))
         assert all(bench.slot_of[layer][lane][t] // config.page_size not in chunks for t in always)
 
@@ -201,19 +214,19 @@ def test_every_byte_is_accounted_for(masks, config, shape, steps):
 
 def listed_bytes(cache: HybridCache) -> int:
     """What the next step reads, counted from its tables and the tensors they point into."""
-    pages = int((cache.n_fixed + cache.n_retrieve + (cache.fill > 0)).sum())  # a tail page is read whole
+    pages = int((cache.n_fixed + (cache.fill > 0)).sum() + cache.n_retrieve.sum())  # a tail page is read whole
     read = pages * (cache.keys.nbytes + cache.values.nbytes) // cache.capacity.n_pages
-    entries = int((cache.n_fixed + cache.n_chunks).sum()) + cache.tail.numel()
+    dynamic = int((cache.row > 0).sum())
+    entries = int(cache.n_fixed.sum() + cache.n_chunks.sum()) + cache.tail.numel()
+    entries += 4 * cache.tail.numel()  # how many pages are fixed, tail page, its fill, row
+    entries += 3 * dynamic  # how many chunks there are and are retrieved, lane
     read += entries * cache.fixed.itemsize
-    read += (
-        6 * cache.tail.numel() * cache.tail.itemsize
-    )  # counts of three tables, tail page, its fill, row of the basis
     per_chunk = ("sketch", "low", "high")
     for name, tensor in cache.summary.named_buffers():
         if name in per_chunk:
             read += int(cache.n_chunks.sum()) * tensor.nbytes // cache.capacity.n_store
         else:
-            read += int((cache.row > 0).sum()) * tensor[0].nbytes
+            read += dynamic * tensor[0].nbytes if dynamic else 0
     return read
 
 
@@ -239,7 +252,8 @@ def test_generated_pages_become_retrievable_for_dynamic_lanes_and_fixed_for_stat
         check(bench.step(2))
     dynamic = plan.dynamic
     assert dynamic.any() and not dynamic.all()
-    assert (bench.cache.n_chunks == (plan.n_chunks + dynamic * 2)).all()
+    for layer, lane in dynamic.nonzero().tolist():
+        assert len(chunks_of(bench.cache, layer, lane)) == plan.lane_chunks + 2
     assert (bench.cache.n_fixed == (plan.n_fixed + ~dynamic * 2)).all()
     cost = bench.cache.count_bytes()
     assert cost.new == 3 * 4 * bench.cache.costs.page + int(dynamic.sum()) * 3 * bench.cache.costs.summary
@@ -260,8 +274,9 @@ def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, 
     cache, size = bench.cache, config.page_size
     for layer, lane in plan.dynamic.nonzero().tolist():
         row, tail, fill = (int(t[layer, lane]) for t in (cache.row, cache.tail, cache.fill))
+        row += cache.retrieving.tolist().index(layer) * cache.capacity.rows - 1
         token_at = {slot: token for token, slot in bench.slot_of[layer][lane].items()}
-        full = [(page, size) for page in cache.chunks[layer, lane, : cache.n_chunks[layer, lane]].tolist()]
+        full = [(page, size) for page in chunks_of(cache, layer, lane)]
         for page, count in [*full, (tail, fill)]:
             if not count:
                 continue

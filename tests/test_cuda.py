@@ -1,21 +1,22 @@
 """What only a GPU can show. Skipped without one: python -m pytest -m cuda"""
 
-from functools import partial
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import flex_attention
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig
 from hybridkv.cache import attention
-from hybridkv.cache.attention import attend_gathered, attend_pages
+from hybridkv.cache.attention import attend_gathered, attend_pages, kernel_options
 from tests.lab import GPU, prompt
 
 pytestmark = GPU
-SPLIT = partial(flex_attention, kernel_options={"BACKEND": "TRITON_DECODE"})  # raises where it can't be used
+
+
+def split_kernel(page_size: int) -> dict:
+    """Asks for the kernel that splits the keys, which raises where it can't be used."""
+    return kernel_options(page_size) | {"BACKEND": "TRITON_DECODE"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def model():
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
 def test_attention_reads_exactly_the_listed_pages(page_size, monkeypatch):
     """Against the gathered twin, G = 7 and head_dim 128, in bfloat16, and by the kernel that splits the keys."""
-    monkeypatch.setattr(attention, "flex_attention", SPLIT)
+    monkeypatch.setattr(attention, "kernel_options", split_kernel)
     generator = torch.Generator().manual_seed(0)
     pool, lanes = 60, 4
     keys, values = (torch.randn(1, 1, pool * page_size, 128, generator=generator).cuda().bfloat16() for _ in range(2))
@@ -46,7 +47,7 @@ def test_attention_reads_exactly_the_listed_pages(page_size, monkeypatch):
 @pytest.mark.parametrize("policy", ["hybridkv", "full", "dense"])
 def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy, monkeypatch):
     """The graphs are in use, and pages are read by the kernel that splits the keys."""
-    monkeypatch.setattr(attention, "flex_attention", SPLIT)
+    monkeypatch.setattr(attention, "kernel_options", split_kernel)
     counters.clear()
     prompts = [prompt(900, 0), prompt(700, 1)]
     expected = Engine(model, HybridConfig(budget=0.3), policy, compile=False).generate(prompts, 40)

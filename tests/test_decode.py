@@ -26,6 +26,7 @@ from hybridkv import (
     full_plan,
     hybrid_plan,
 )
+from hybridkv.cache import hybrid
 from hybridkv.cache.attention import WIDE, check_pool
 from hybridkv.cache.pack import keep
 from hybridkv.planning.head_profile import HeadProfile
@@ -243,7 +244,20 @@ def test_every_plan_is_held_to_the_budget(model):
         (lambda plan: replace(plan, n_read=plan.n_read.float()), "n_read must be torch.int64"),
         (lambda plan: replace(plan, n_read=plan.n_read * 0), "too few pages"),
         (lambda plan: replace(plan, n_read=plan.n_read + 1000), "more pages than the prompt"),
-        (lambda plan: replace(plan, dynamic=~plan.dynamic, n_read=plan.n_read * 0 + plan.whole_pages), "no retrieval"),
+        (
+            lambda plan: replace(plan, dynamic=~plan.dynamic, n_read=plan.n_read + 2),
+            "more dynamic heads than may retrieve",
+        ),
+        (lambda plan: replace(plan, retrieving=torch.tensor([2])), "a number for each layer"),
+        (
+            lambda plan: replace(
+                plan,
+                dynamic=~plan.dynamic,
+                retrieving=plan.retrieving + 2,
+                n_read=plan.n_read * 0 + plan.whole_pages,
+            ),
+            "no retrieval",
+        ),
         (lambda plan: replace(plan, score=None), "need a score"),
         (lambda plan: replace(plan, score=lambda p, i: static_score(p, i) * float("nan")), "got NaN"),
     ],
@@ -385,3 +399,49 @@ def test_it_is_refused_before_memory_is_taken(model, monkeypatch):
     with pytest.raises(ValueError, match="too large"):
         ours.read([prompt(900, 0)], 8)
     assert ours.cache is cache
+
+
+NEEDS = HeadProfile(torch.tensor([[0.1, 0.2], [5.0, 0.0], [0.3, 3.0], [0.0, 0.2]]), torch.ones(4, 2))
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return random_model(tiny_config(layers=4, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
+
+
+@pytest.mark.parametrize(
+    "chosen, retrieving, rows",
+    [
+        (dict(retrieving_layers=0.5), (False, True, True, False), 2),
+        (dict(retrieving_layers=0.25), (False, True, False, False), 2),
+        (dict(retrieving_layers=0.01), (False, True, False, False), 2),  # one at least
+        (dict(retrieving_layers=0.5, classifier="profile"), (False, True, True, False), 1),  # heads are known, too
+        (dict(classifier="profile"), (False, True, True, False), 1),
+        (dict(classifier="profile", dynamic_share=1), (True, True, True, True), 2),
+        (dict(), (True, True, True, True), 2),
+        (dict(retrieving_layers=0.5, head_profile=None), (True, True, True, True), 2),
+        (dict(retrieving_layers=0.5, dynamic_share=0), (False, False, False, False), 0),
+    ],
+)
+def test_dynamic_heads_stay_in_the_layers_that_retrieve(deep, chosen, retrieving, rows):
+    """The neediest by the sum over their heads; all, where nobody knows or asks. Every prompt finds the same."""
+    config = HybridConfig(**dict(budget=0.4, head_profile=NEEDS) | chosen)
+    engine = Engine(deep, config, compile=False)
+    for seed in range(3):
+        engine.generate([prompt(500, seed), prompt(450, 10 + seed)], 20)
+        capacity = engine.cache.capacity
+        assert (capacity.retrieving, capacity.rows) == (retrieving, 2 * rows)
+        assert engine.cache.chunks.shape[:2] == (sum(retrieving), 2 * rows)
+        dynamic = engine.cache.row.view(4, -1) > 0
+        assert not dynamic[~torch.tensor(retrieving)].any()
+        share = min(round(config.dynamic_share * 8) if config.dynamic_share else 0, 2 * sum(retrieving))
+        assert int(dynamic.sum()) == 2 * share  # as many as anywhere, or all there are
+
+
+def test_layers_that_do_not_retrieve_call_nothing_that_does(deep, monkeypatch):
+    calls = []
+    best = hybrid.best_chunks
+    monkeypatch.setattr(hybrid, "best_chunks", lambda *args: (calls.append(1), best(*args))[1])
+    config = HybridConfig(budget=0.4, head_profile=NEEDS, retrieving_layers=0.25)
+    Engine(deep, config, compile=False).generate([prompt(500, 0)], 4)
+    assert len(calls) == 3  # steps, one layer

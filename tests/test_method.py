@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hybridkv import BudgetError, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.bounds import bound_scores
 from hybridkv.cache.exact import ExactKeys
-from hybridkv.cache.retrieve import select
+from hybridkv.cache.retrieve import by_threshold, select
 from hybridkv.cache.sketch import (
     encode,
     fit_sketch,
@@ -151,7 +151,7 @@ def test_classifiers_look_at_what_they_say():
     }
     for name, dynamic in expected.items():
         prefill.config = replace(config, classifier=name)
-        assert torch.equal(classify(prefill), dynamic), name
+        assert torch.equal(classify(prefill, torch.ones(3).bool()), dynamic), name
     prefill.config = config
     reverse = VARIANTS["classifier=reversed"](prefill)
     assert torch.equal(reverse.dynamic, focus <= focus.flatten().topk(3, largest=False).values.max())
@@ -407,7 +407,9 @@ def test_sketch_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group,
             weights = (q[lane] @ approximate[lane, : n * page_size].T * dim**-0.5).softmax(-1)
             mass = weights.view(group, n, page_size).sum(-1).mean(0)
             torch.testing.assert_close(scores[lane, :n], mass, atol=1e-5, rtol=1e-4)
-            assert set(select(scores, table, 1)[lane].tolist()) == {int(table[lane, scores[lane].argmax()])}
+            assert set(select(scores, table, valid.clamp(max=1), 1)[lane].tolist()) == {
+                int(table[lane, scores[lane].argmax()])
+            }
 
 
 @examples(100)
@@ -436,12 +438,62 @@ def test_the_sketch_finds_most_of_the_attention():
     pool, table = pack_sketch(encode(k, basis, offset, step)[0], 16), torch.arange(250)[None]
     exact = (q[0] @ k[0].T * 64**-0.5).softmax(-1).view(50, 250, 16).sum(-1)
     found = best = 0.0
+    all25 = torch.tensor([25])
     for i in range(50):
-        chosen = select(sketch_scores(q[:, i : i + 1], pool, table, torch.tensor([250]), basis, step), table, 25)[0]
+        chosen = select(
+            sketch_scores(q[:, i : i + 1], pool, table, torch.tensor([250]), basis, step), table, all25, 25
+        )[0]
         found += float(exact[i, chosen].sum())
         best += float(exact[i].topk(25).values.sum())
     assert best > 2 * 50 * 0.1  # attention is not spread evenly: a random tenth would find a tenth
     assert found > 0.9 * best
+
+
+@st.composite
+def masses(draw) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masses (R, C) of a kind that real ones can be, -1 where there is no chunk, and how many (R,) are wanted."""
+    rows, columns, seed = draw(st.integers(1, 4)), draw(st.integers(1, 200)), draw(st.integers(0, 10**6))
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(rows, columns, generator=generator)
+    match draw(st.sampled_from(["uniform", "equal", "one-hot", "subnormal", "softmax", "steep", "odd"])):
+        case "equal":
+            mass = torch.full((rows, columns), 1 / columns)
+        case "one-hot":
+            mass = torch.zeros(rows, columns).scatter(1, (mass[:, :1] * columns).long(), 1.0)
+        case "subnormal":
+            mass = mass * 1e-42
+        case "softmax":
+            mass = (20 * mass).softmax(-1)
+        case "steep":
+            mass = mass ** draw(st.sampled_from([2, 30, 200]))
+        case "odd":
+            mass[mass < 0.2] = float("nan")
+            mass[mass > 0.9] = float("inf")
+    valid = torch.tensor(draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows)))
+    mass = mass.to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))
+    wanted = torch.tensor([draw(st.integers(0, n)) for n in valid.tolist()])
+    return mass.masked_fill(torch.arange(columns) >= valid[:, None], -1.0), wanted
+
+
+@examples(300)
+@given(masses(), st.integers(0, 3))
+def test_what_is_chosen_without_a_sort_is_within_a_percent_of_the_best(case, spare):
+    """Exactly as many as wanted, none twice, only real chunks, the first of equal ones; no mass far below the best."""
+    mass, wanted = case
+    found = by_threshold(mass, wanted, int(wanted.max()) + spare)
+    for row, k, columns in zip(mass.float(), wanted.tolist(), found, strict=True):
+        chosen = columns[:k].tolist()
+        assert chosen == sorted(set(chosen)) and (row[chosen] != -1).all()
+        assert not columns[k:].any()
+        if not k:
+            continue
+        value = row.nan_to_num(0.0)  # NaN counts as nothing
+        best, got = value.topk(k).values, value[chosen].sort(descending=True).values
+        tiny = torch.finfo(torch.float32).tiny  # below it, floats have fewer digits
+        assert (got >= best * (1 - 1 / 128) - tiny)[best.isfinite()].all() and (got.isinf() == best.isinf()).all()
+        left = [c for c in range(len(row)) if row[c] != -1 and c not in chosen]
+        worst = int(min(chosen, key=lambda c: (value[c], -c)))
+        assert all(c > worst for c in left if value[c] == value[worst])
 
 
 @pytest.mark.parametrize("group", ["mean", "max"])

@@ -16,7 +16,7 @@ class Placement:
 
     Attributes:
         fixed: (layers, B, H, F) full pages that are always read. chunks: (layers, B, H, C) store pages.
-        tail: page that new tokens fill. row: number of a dynamic lane among all, from 1; 0 for the others.
+        tail: page that new tokens fill. row: number of a dynamic lane among its layer's, from 1; 0 for the others.
         next_page: first free page of the store, and of the rest.
     """
 
@@ -46,7 +46,7 @@ def place(plans: list[Plan], capacity: Capacity) -> Placement:
 
     chunks, store_tail, next_store = hand_out(1, n_chunks, dynamic.long(), max(1, capacity.chunks))
     fixed, other_tail, next_other = hand_out(capacity.n_store, n_fixed, (~dynamic).long(), capacity.fixed)
-    row = (dynamic.flatten().cumsum(0).view_as(dynamic) * dynamic).int()
+    row = (dynamic.flatten(1).cumsum(1).view_as(dynamic) * dynamic).int()
     return Placement(fixed, chunks, store_tail + other_tail, row, (next_store, next_other))
 
 

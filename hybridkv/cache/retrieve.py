@@ -42,47 +42,84 @@ def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
     return mass.masked_fill(~valid, -1.0)
 
 
-def best_chunks(summary: Summary, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, count: int) -> Tensor:
-    """Page numbers of the `count` best chunks of each lane, best first, (L, count); of lanes without chunks, any.
+def best_chunks(
+    summary: Summary, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, k: Tensor, count: int
+) -> Tensor:
+    """Page numbers of each row's `k` best chunks, (R, count), of which the first k are meant; of rows without, any.
 
-    A compiled step on a CPU loops over the lanes that have chunks, and an uncompiled one picks them: the others would
-    cost as much. Compiled for a GPU, all lanes are scored, and those without chunks read the null page over and over:
+    A compiled step on a CPU loops over the rows that have chunks, and an uncompiled one picks them: the others would
+    cost as much. Compiled for a GPU, all rows are scored, and those without chunks read the null page over and over:
     to leave them out, the step would have to wait for the host.
 
     Args:
-        q: (L, G, D). chunks: (L, C) page numbers, the first n_chunks (L,) are valid. row: (L,) as in the summary.
+        q: (R, G, D). chunks: (R, C) page numbers, the first n_chunks (R,) are valid. row: (R,) as in the summary.
+        k: (R,) how many are wanted, at most n_chunks and `count`.
     """
     if not torch.compiler.is_compiling():
-        lane = n_chunks.nonzero()[:, 0]
-        mine = [t[lane] for t in (q, chunks, n_chunks, row)]
-        return chunks.new_zeros(len(chunks), count).index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
+        some = n_chunks.nonzero()[:, 0]
+        mine = [t[some] for t in (q, chunks, n_chunks, row)]
+        best = select(summary.scores(*mine), mine[1], k[some], count)
+        return chunks.new_zeros(len(chunks), count).index_copy(0, some, best)
     if not q.is_cpu:
-        return select(summary.scores(q, chunks, n_chunks, row), chunks, count)
-    return in_turns(summary, q, chunks, n_chunks, row, count)
+        return select(summary.scores(q, chunks, n_chunks, row), chunks, k, count)
+    return in_turns(summary, q, chunks, n_chunks, row, k, count)
 
 
-def in_turns(summary: Summary, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, count: int) -> Tensor:
-    """`best_chunks` in a loop, for the compiler: each turn takes one lane, or a few where there are many short ones.
+def in_turns(
+    summary: Summary, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, k: Tensor, count: int
+) -> Tensor:
+    """`best_chunks` in a loop, for the compiler: each turn takes one row, or a few where there are many short ones.
 
-    A turn takes the same calls whatever its lane holds, so short lanes share one. The last turn is filled up with a
-    lane that is already in it: an eighth of all lanes at most share one, so that little is scored twice.
+    A turn takes the same calls whatever its row holds, so short rows share one. The last turn is filled up with a
+    row that is already in it: an eighth of all rows at most share one, so that little is scored twice.
     """
-    through = (n_chunks > 0).cumsum(0)  # (L,) lanes with chunks up to each
-    lanes = max(1, min(len(chunks) // 8, TURN_CHUNKS // chunks.shape[1]))
+    through = (n_chunks > 0).cumsum(0)  # (R,) rows with chunks up to each
+    rows = max(1, min(len(chunks) // 8, TURN_CHUNKS // chunks.shape[1]))
 
     def more(i: Tensor, best: Tensor) -> Tensor:
         return i < through[-1]
 
     def choose(i: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-        number = (i + 1 + torch.arange(lanes)).clamp(max=through[-1])  # 1 is the first lane with chunks
-        lane = torch.searchsorted(through, number)
-        mine = [t.index_select(0, lane) for t in (q, chunks, n_chunks, row)]
-        return i + lanes, best.index_copy(0, lane, select(summary.scores(*mine), mine[1], count))
+        number = (i + 1 + torch.arange(rows)).clamp(max=through[-1])  # 1 is the first row with chunks
+        some = torch.searchsorted(through, number)
+        mine = [t.index_select(0, some) for t in (q, chunks, n_chunks, row)]
+        return i + rows, best.index_copy(0, some, select(summary.scores(*mine), mine[1], k, count))
 
     start = torch.zeros((), dtype=torch.int64), chunks.new_zeros(len(chunks), count)
     return while_loop(more, choose, start)[1]
 
 
-def select(scores: Tensor, chunks: Tensor, count: int) -> Tensor:
-    """Page numbers of the `count` best chunks of each lane, best first: (L, C), (L, C) -> (L, count)."""
-    return chunks.gather(1, scores.topk(count, dim=1).indices)
+def select(mass: Tensor, chunks: Tensor, k: Tensor, count: int) -> Tensor:
+    """Page numbers of each row's k (R,) best chunks, in any order: mass, chunks (R, C) -> (R, count), the first k.
+
+    On a CPU the best `count` are sorted, so that the first k of them are the best k, too.
+    """
+    if mass.is_cpu:
+        return chunks.gather(1, mass.topk(count, dim=1).indices)
+    return chunks.gather(1, by_threshold(mass, k, count))
+
+
+def by_threshold(mass: Tensor, k: Tensor, count: int) -> Tensor:
+    """Columns of each row's k largest masses, found without a sort, which takes a GPU several times as long.
+
+    A binary search for the k-th largest, among the upper 16 bits of the floats: of numbers that are not negative these
+    are in the numbers' order, and tell apart what differs by 1 in 128. Ties go to the first columns.
+
+    Args:
+        mass: (R, C); negative where there is no chunk, NaN counts as 0. k: (R,), at most the number of chunks.
+        count: columns of the result, at least the largest k.
+
+    Returns:
+        (R, count) int64, in the order of the columns; 0 behind the first k.
+    """
+    bits = torch.where(mass > 0, mass.float().view(torch.int32) >> 16, torch.where(mass < 0, -1, 0))  # (R, C)
+    k = k[:, None]
+    least = torch.zeros_like(k, dtype=torch.int32)  # (R, 1), the largest number that k columns reach
+    for bit in reversed(range(15)):
+        higher = least | (1 << bit)
+        least = torch.where((bits >= higher).sum(1, keepdim=True) >= k, higher, least)
+    above, tied = bits > least, bits == least
+    taken = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    place = torch.where(taken, taken.cumsum(1) - 1, count)  # those that are not taken share a column, cut off below
+    column = torch.arange(mass.shape[1], device=mass.device).expand_as(place)
+    return torch.zeros_like(place[:, :1]).expand(-1, count + 1).scatter(1, place, column)[:, :count]

@@ -129,6 +129,7 @@ class KeySketch(nn.Module):
         buffer("basis", rows, dim, self.rank, dtype=like.dtype)
         buffer("offset", rows, self.rank, dtype=torch.float32)
         buffer("step", rows, self.rank, dtype=torch.float32)
+        self.step.fill_(1.0)  # rows that are not used encode, too, and must not divide by 0
 
     def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int) -> None:
         """Fits and stores the summaries of dynamic lanes.

@@ -15,8 +15,22 @@ from hybridkv.planning.prefill import Prefill, window_probabilities, window_rows
 TOP_SHARE = 0.1  # of the prunable tokens are in a query's top set, for `overlap`
 
 
-def classify(prefill: Prefill) -> Tensor:
+def retrieving_layers(prefill: Prefill) -> Tensor:
+    """The layers that dynamic heads may be in, (layers,) bool: the neediest by the head profile, or all.
+
+    A property of the model, not of the prompt, since it is part of the compiled graph.
+    """
+    config = prefill.config
+    if config.retrieving_layers is None or config.head_profile is None:
+        return torch.ones(prefill.shape[0], dtype=torch.bool)
+    return highest(measured_heads(prefill).need.sum(1), config.retrieving_layers)
+
+
+def classify(prefill: Prefill, layers: Tensor) -> Tensor:
     """Which KV heads are dynamic, (layers, H) bool on the CPU; `config.classifier` says how it is found out.
+
+    Args:
+        layers: (layers,) bool, where they may be.
 
     Raises:
         ValueError: the offline head profile is missing, or for another model.
@@ -24,11 +38,12 @@ def classify(prefill: Prefill) -> Tensor:
     config = prefill.config
     match config.classifier:
         case "focus":
-            return highest(of_heads(prefill, "focus"), config.dynamic_share)
+            return highest(of_heads(prefill, "focus"), config.dynamic_share, layers)
         case "profile":
-            return highest(measured_heads(prefill).need, config.dynamic_share)
+            return highest(measured_heads(prefill).need, config.dynamic_share, layers)
         case "threshold":
-            return settled_share(of_heads(prefill, "context_mass"), overlap(prefill)) < config.threshold
+            settled = settled_share(of_heads(prefill, "context_mass"), overlap(prefill))
+            return (settled < config.threshold) & layers[:, None]
     raise ValueError(f"there is no classifier {config.classifier!r}")
 
 
@@ -57,10 +72,15 @@ def ranks(x: Tensor) -> Tensor:
     return x.flatten().argsort(stable=True).argsort(stable=True).view_as(x)
 
 
-def highest(x: Tensor, share: float) -> Tensor:
-    """The largest `share` of all elements of x, bool: of a small model one at least, unless the share is 0."""
+def highest(x: Tensor, share: float, rows: Tensor | None = None) -> Tensor:
+    """The largest of x, as many as a `share` of all elements, bool: one at least, unless the share is 0.
+
+    Args:
+        rows: (len(x),) bool, the rows they may be in; if these hold fewer, all of them.
+    """
     count = max(round(share * x.numel()), share > 0)
-    return ranks(x) >= x.numel() - count
+    allowed = torch.ones_like(x, dtype=torch.bool) if rows is None else rows[:, None].expand_as(x)
+    return (ranks(x.double().masked_fill(~allowed, -torch.inf)) >= x.numel() - count) & allowed
 
 
 def settled_share(context_mass: Tensor, overlap: Tensor) -> Tensor:

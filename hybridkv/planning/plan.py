@@ -17,13 +17,14 @@ from torch import Tensor
 
 from hybridkv.config import HybridConfig
 from hybridkv.planning.budget import BudgetError, allocate
-from hybridkv.planning.classify import classify
+from hybridkv.planning.classify import classify, retrieving_layers
 from hybridkv.planning.prefill import Prefill
 from hybridkv.planning.prune import keep_order, pooled, tile_order
 
 Score = Callable[[Prefill, int], Tensor]  # (H, T), how much each token of a layer is worth to a static head
 
-SCALARS = 6  # int32 numbers a lane has beside its tables: counts of pages, tail page, tail fill, row of the basis
+SCALARS = 4  # int32 numbers a lane has beside its table: count of fixed pages, tail page and its fill, row
+ROW_SCALARS = 3  # and a dynamic lane, beside its table of chunks: how many there are, how many are retrieved, its lane
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Plan:
         prunable: (T,) bool, the tokens that may be pruned or moved.
         page_size: tokens in a page.
         dynamic: lanes that retrieve chunks.
+        retrieving: (layers,) int64, how many lanes of each layer may be dynamic, whatever the prompt: the graph has
+            room for so many. Where it is 0 it has no retrieval.
         n_read: prompt pages that a step reads, the partly filled last one included.
         score: what static lanes keep first; asked for layer by layer, when a layer is packed. None if all is kept.
         chunk_order: the prunable tokens in the order in which they fill chunks; None for that of the prompt.
@@ -64,6 +67,7 @@ class Plan:
     prunable: Tensor
     page_size: int
     dynamic: Tensor
+    retrieving: Tensor
     n_read: Tensor
     score: Score | None = None
     chunk_order: Tensor | None = None
@@ -126,6 +130,7 @@ class Plan:
         pages = int(self.n_read.sum()) * costs.page
         summaries = int(self.n_chunks.sum()) * costs.summary + int(self.dynamic.sum()) * costs.basis
         entries = int((self.n_fixed + self.n_chunks).sum()) + lanes * (1 + SCALARS)  # one for the tail page
+        entries += int(self.dynamic.sum()) * ROW_SCALARS
         return pages + summaries + entries * costs.entry
 
 
@@ -142,6 +147,7 @@ def full_plan(prefill: Prefill) -> Plan:
         prunable,
         config.page_size,
         dynamic,
+        retrieving=dynamic.sum(1),
         n_read=dynamic.long(),
         chunk_order=tile_order(prunable, prefill.spans, config.page_size) if config.tiles else None,
     )
@@ -154,7 +160,11 @@ def hybrid_plan(prefill: Prefill) -> Plan:
     Raises:
         BudgetError: see `budgeted_plan`.
     """
-    return budgeted_plan(prefill, classify(prefill), static_score)
+    layers = retrieving_layers(prefill)
+    dynamic = classify(prefill, layers)
+    known = prefill.config.classifier == "profile"  # the same heads for every prompt
+    room = dynamic.sum(1) if known else layers * dynamic.shape[1]
+    return budgeted_plan(prefill, dynamic, static_score, retrieving=room)
 
 
 def neighbourhood_score(prefill: Prefill, layer: int, reduce: str, weight: float) -> Tensor:
@@ -178,13 +188,20 @@ def least_pages(everything: Plan, dynamic: Tensor) -> Tensor:
     return (everything.always_pages + dynamic * (has_tail + 1)).minimum(everything.n_read)
 
 
-def budgeted_plan(prefill: Prefill, dynamic: Tensor, score: Score | None = None, weight: Tensor | None = None) -> Plan:
+def budgeted_plan(
+    prefill: Prefill,
+    dynamic: Tensor,
+    score: Score | None = None,
+    weight: Tensor | None = None,
+    retrieving: Tensor | None = None,
+) -> Plan:
     """The plan that spends `config.budget` on given kinds of heads.
 
     Args:
         dynamic: (layers, H) bool, heads that retrieve; a head whose budget holds the prompt keeps it whole instead.
         score: how much a token is worth to a static head; may be left out without static heads.
         weight: (layers, H) positive claims of the heads; None for equal claims.
+        retrieving: (layers,) int64, how many heads of each layer may be dynamic in any prompt; None for all heads.
 
     Raises:
         BudgetError: the budget can't hold what must be kept, and `config.strict`.
@@ -196,11 +213,13 @@ def budgeted_plan(prefill: Prefill, dynamic: Tensor, score: Score | None = None,
     full = full_bytes(everything.tokens, cap.numel(), costs, config.page_size)
 
     def spend(pages: Tensor) -> Plan:
-        return replace(everything, dynamic=dynamic & (pages < cap), n_read=pages, score=score)
+        ours = dynamic & (pages < cap)
+        room = torch.full(dynamic.shape[:1], dynamic.shape[1]) if retrieving is None else retrieving
+        return replace(everything, dynamic=ours, retrieving=room * dynamic.any(), n_read=pages, score=score)
 
     # Charged up front, at least what `step_bytes` will count: every lane's table at its longest, and the summaries.
     overhead = cap.numel() * (everything.whole_pages + 1 + SCALARS) * costs.entry
-    overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.summary + costs.basis)
+    overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.summary + costs.basis + ROW_SCALARS * costs.entry)
     total = int(config.budget * full - overhead) // costs.page
     if total <= int(floor.sum()):
         least = spend(floor)
@@ -241,6 +260,10 @@ def check_plan(plan: Plan, prefill: Prefill) -> None:
         table = getattr(plan, name)
         fits = table.dtype == kind and table.shape == prefill.shape and table.device.type == "cpu"
         check(fits, f"{name} must be {kind} {prefill.shape} on the CPU, got {table.dtype} {tuple(table.shape)}")
+    check(plan.retrieving.shape == prefill.shape[:1], "retrieving must be a number for each layer")
+    check(
+        bool((plan.dynamic.sum(1) <= plan.retrieving).all()), "a layer has more dynamic heads than may retrieve there"
+    )
     low = (plan.n_read < least_pages(everything, plan.dynamic)).sum()
     check(not low, f"{low} heads have too few pages for the tokens that every head keeps")
     check(not (plan.n_read > everything.n_read).any(), "a head has more pages than the prompt")

@@ -73,25 +73,42 @@ def window_probabilities(q: Tensor, k: Tensor, rows: Tensor, first: int) -> Tens
     return logits.softmax(-1)
 
 
-def profile_layer(
-    q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, config: HybridConfig, spans: Sequence[Span] = ()
-) -> LayerProfile:
+@dataclass(frozen=True)
+class Window:
+    """The queries of a prompt that say where its text looks: the same in every layer, so found once.
+
+    Attributes:
+        asking: (A,) the window. reading: (N,) the context's own last queries, where it is text.
+        first: the first of them all.
+        near: (N + A, T) bool, what is no lookup of a query of these two: its own neighbourhood, and what is no context.
+    """
+
+    asking: Tensor
+    reading: Tensor
+    first: int
+    near: Tensor
+
+    @classmethod
+    def of(cls, prunable: Tensor, config: HybridConfig, spans: Sequence[Span] = ()) -> "Window":
+        asking, reading = window_rows(prunable, config.window), reading_rows(prunable, spans, config.window)
+        rows = torch.cat((reading, asking))
+        back = rows[:, None] - torch.arange(len(prunable), device=rows.device)  # (N + A, T) how far before the query
+        return cls(asking, reading, int(rows.min()) if len(rows) else 0, ~prunable | (back < config.window))
+
+
+def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, window: Window) -> LayerProfile:
     """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
-    asking, reading = window_rows(prunable, config.window), reading_rows(prunable, spans, config.window)
-    rows = torch.cat([reading, asking])
-    first = int(rows.min()) if len(rows) else 0
-    # A query's own neighbourhood, and what is no context, is nothing that it looks up.
-    near = ~prunable | (rows[:, None] - torch.arange(len(prunable), device=rows.device) < config.window)  # (W, T)
+    asking, rows = window.asking, torch.cat((window.reading, window.asking))
     score, mean, mass, focus = [], [], [], []
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
-        every = window_probabilities(group[:, rows], key, rows, first)
-        p = every[:, len(reading) :]  # (G, W, T)
+        every = window_probabilities(group[:, rows], key, rows, window.first)
+        p = every[:, len(window.reading) :]  # (G, A, T)
         if not len(asking):  # no text sees the context: nothing is known, and all scores are 0
             p = every.new_zeros(len(group), 1, len(prunable))
         score.append(p.amax((0, 1)))
         mean.append(p.mean((0, 1)))
-        mass.append(mean[-1][prunable].sum())
-        focus.append(every.masked_fill_(near, 0.0).amax((1, 2)).mean() if len(rows) else mass[-1])
+        mass.append((mean[-1] * prunable).sum())
+        focus.append(every.masked_fill_(window.near, 0.0).amax((1, 2)).mean() if len(rows) else mass[-1])
     return LayerProfile(k, v, q[:, asking], *map(torch.stack, (score, mean, mass, focus)))
 
 
@@ -130,6 +147,7 @@ class Prefill:
         prunable: as given, less sinks and recent tokens.
         layers: a `LayerProfile` of each layer that was read; None once its keys and values are packed.
         like: (H, 0, D), the shape, dtype and device of every layer's keys; None before the first layer.
+        window: the queries that it looks at; None before the first layer.
     """
 
     def __init__(
@@ -145,6 +163,7 @@ class Prefill:
         self.prunable = None if prunable is None else competing(prunable, config)
         self.layers: list[LayerProfile | None] | Unread = []
         self.like: Tensor | None = None
+        self.window: Window | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -169,7 +188,7 @@ class Prefill:
         if k[0, :, :0].shape != self.like.shape:
             raise ValueError(f"layer {layer} has keys {tuple(k.shape)}, those before it {tuple(self.like.shape)}")
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.config, self.spans))
+        self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.window))
         if self.on_layer:
             self.on_layer()
         return out
@@ -181,6 +200,7 @@ class Prefill:
         if self.prunable.shape != (tokens,):
             raise ValueError(f"prunable has shape {tuple(self.prunable.shape)}, the prompt has {tokens} tokens")
         self.prunable, self.like = self.prunable.to(k.device), k[:, :0].clone()
+        self.window = Window.of(self.prunable, self.config, self.spans)
 
     def outline(self, n_layers: int, like: Tensor) -> "Prefill":
         """This record before anything is read: enough to plan, if the policy looks at no layer.

@@ -45,7 +45,7 @@ def random_heads(prefill: Prefill) -> Plan:
 def context_weight(prefill: Prefill) -> Plan:
     """Heads of a type share its pages by how much of their attention falls on the context."""
     weight = of_heads(prefill, "context_mass").clamp(min=CONTEXT_FLOOR)
-    return budgeted_plan(prefill, classify(prefill), static_score, weight)
+    return budgeted_plan(prefill, classify(prefill, torch.ones(len(weight)).bool()), static_score, weight)
 
 
 VARIANTS: dict[str, Callable[[Prefill], Plan]] = {
