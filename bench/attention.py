@@ -6,7 +6,7 @@
 Full caches: SDPA with `enable_gqa`, SDPA with the group's query heads as rows, FlexAttention over all pages. Then the
 compressed cache, its retrieval included, and FlexAttention alone over as many pages as it reads. All are compiled and
 run interleaved; a row gives medians. On a GPU a page is read in tiles of BLOCK_N tokens, a divisor of the page size,
-num_stages of them in flight at a time: the compiler's own choice is measured before the options that are asked for.
+num_stages of them in flight at a time: our own options (`kernel_options`) are measured before those that are asked for.
 
 A GPU would be done with one layer before the host has launched it, and find the next call's cache in its L2: there a
 call is a CUDA graph of several layers, one after the other, and its time is divided by their number. --kernels says

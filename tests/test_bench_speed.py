@@ -121,20 +121,20 @@ def test_weights_that_a_step_reads():
 
 @pytest.mark.parametrize("stance", STANCES)
 def test_the_attention_bench_runs_every_contender(stance, tmp_path, monkeypatch):
-    """With kernel options in turn; a tile that does not divide the page is left out."""
+    """With our kernel options and others in turn; a tile that does not divide the page is left out."""
     out, measure, given = tmp_path / "rows.jsonl", attention.measure, []
 
     def look(*args):
-        given.append(cache_attention.flex_attention.keywords["kernel_options"])
+        given.append(cache_attention.kernel_options(16))
         return measure(*args)
 
     monkeypatch.setattr(attention, "measure", look)
-    options = ["--kernel-options", "BLOCK_N=32", "BLOCK_N=16,num_stages=3"]
+    options = ["--kernel-options", "BLOCK_N=32", "BLOCK_N=16,num_stages=2"]
     with torch.compiler.set_stance(stance):
         attention.main(["--contexts", "1024", "--budgets", "0.3", "--repeats", "2", *options, *CPU, "--out", str(out)])
     rows = rows_of(out)
-    assert [row["kernel_options"] for row in rows[::5]] == [{}, {"BLOCK_N": 16, "num_stages": 3}]
-    assert given == [None, {"BLOCK_N": 16, "num_stages": 3}]
+    assert given == [cache_attention.kernel_options(16), {"BLOCK_N": 16, "num_stages": 2}]
+    assert [row["kernel_options"] for row in rows[::5]] == given
     rows = rows[:5]
     assert [row["contender"] for row in rows] == ["sdpa gqa", "sdpa rows", "flex full", "hybridkv 0.3", "flex 0.3"]
     assert max(row["speedup_vs_sdpa"] for row in rows[:2]) == 1
