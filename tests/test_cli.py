@@ -76,7 +76,10 @@ def test_an_answer_that_the_terminal_can_not_show_is_escaped(monkeypatch, tmp_pa
 
 
 def test_an_interrupt_exits_with_130():
-    command = [sys.executable, "-u", "-m", "hybridkv.generate", "--demo", "read", "--no-compile"]
+    # A shell's background jobs, and so perhaps this process, ignore SIGINT, and would hand that on.
+    heed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = "runpy.run_module('hybridkv.generate', run_name='__main__')"
+    command = [sys.executable, "-u", "-c", f"{heed}; {run}", "--demo", "read", "--no-compile"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout.readline().startswith("demo:")  # imported, and at work
         process.send_signal(signal.SIGINT)
