@@ -1,12 +1,19 @@
 """What the tests share: random prompts, and a bench on which a cache runs beside the plain tensors it stands for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import compilation_time_metrics
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.graph import GraphLowering
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.pack import lane_tokens
@@ -93,6 +100,23 @@ configs = st.builds(
     pool_weight=st.sampled_from([0.2, 0.5, 1.0]),
 )
 shapes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 6, 7]), st.sampled_from([8, 16, 32]))  # H, G, D
+
+
+@contextmanager
+def compiler_output() -> Iterator[list[str]]:
+    """What the compiler writes meanwhile, module by module. From a cache would come no code, so there is none."""
+    code: list[str] = []
+    with (
+        inductor_config.patch(fx_graph_cache=False),
+        functorch_config.patch(enable_autograd_cache=False),
+        patch.object(GraphLowering, "save_output_code", code.append),
+    ):
+        yield code
+
+
+def layer_traces() -> int:
+    """How often a layer was traced since the process began."""
+    return len(compilation_time_metrics.get("invoke_subgraph_trace", ()))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,10 +235,12 @@ __all__ = [
     "Bench",
     "attention",
     "check",
+    "compiler_output",
     "configs",
     "examples",
     "full_plan",
     "kinds",
+    "layer_traces",
     "plan_or_none",
     "prompt",
     "prompts",

@@ -7,17 +7,13 @@ import re
 import weakref
 from dataclasses import dataclass
 from types import FunctionType
-from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._dynamo.utils import compilation_time_metrics, counters
-from torch._functorch import config as functorch_config
+from torch._dynamo.utils import counters
 from torch._higher_order_ops.while_loop import while_loop
-from torch._inductor import config as inductor_config
-from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
@@ -31,8 +27,9 @@ from hybridkv.cache.exact import ExactKeys
 from hybridkv.cache.retrieve import best_chunks, select
 from hybridkv.cache.sketch import KeySketch
 from hybridkv.decode import CPU_OPTIONS, DecodeState
-from tests.lab import examples, prompt
+from tests.lab import compiler_output, examples, layer_traces, prompt
 
+pytestmark = pytest.mark.compiles
 POOL, LAYERS, LANES, DIM = 40, 2, 3, 16
 PROMPTS = [prompt(2000, 0), prompt(1500, 1)]
 # Of the twelve draws of each, none lies within 7e-5 of another token's share: rounding, about 1e-7, decides none.
@@ -144,25 +141,17 @@ class Compiled:
     traces: int
 
 
-def traces() -> int:
-    return len(compilation_time_metrics.get("invoke_subgraph_trace", ()))
-
-
 @pytest.fixture(scope="module")
 def compiled(model) -> Compiled:
     """Two sequences, G = 7, hybrid; the pool and the sketches are larger than any activation. Compiled once for all."""
-    engine, code = Engine(model, HybridConfig(budget=0.3)), []
+    engine = Engine(model, HybridConfig(budget=0.3))
     counters.clear()
-    before = traces()
-    with (
-        inductor_config.patch(fx_graph_cache=False),  # from a cache comes no code
-        functorch_config.patch(enable_autograd_cache=False),
-        patch.object(GraphLowering, "save_output_code", code.append),
-    ):
+    before = layer_traces()
+    with compiler_output() as code:
         engine.generate(PROMPTS, 60)
     assert engine.stats.dynamic_heads and engine.stats.static_heads
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    return Compiled(engine, "\n".join(code), graphs, breaks, traces() - before)
+    return Compiled(engine, "\n".join(code), graphs, breaks, layer_traces() - before)
 
 
 def test_compiled_tokens_are_the_uncompiled_tokens(model, compiled):

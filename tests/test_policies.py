@@ -149,6 +149,7 @@ def test_engines_run_every_policy(model, name):
     assert engine.stats.dynamic_heads == {"hybridkv": 1, "quest": 4}.get(name, 0)
 
 
+@pytest.mark.compiles
 def test_quest_compiled_is_quest_uncompiled(model):
     prompts = [prompt(500, 0), prompt(400, 1)]
     expected = Engine(model, HybridConfig(budget=0.4), "quest", compile=False).generate(prompts, 40)
