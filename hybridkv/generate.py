@@ -143,6 +143,8 @@ def choose_demo(args: argparse.Namespace) -> demos.Demo | None:
 
 def cache_config(args: argparse.Namespace) -> HybridConfig:
     """A budget that was asked for is kept or refused; the default gives way where a prompt is too short for it."""
+    if args.policy == "full" and args.budget is not None:
+        raise InputError("--policy full keeps everything, whatever --budget says: leave one of the two out")
     chosen = {"strict": False} if args.budget is None else {"budget": args.budget}
     if args.head_profile is not None:
         chosen |= {"classifier": "profile", "head_profile": HeadProfile.load(args.head_profile)}

@@ -133,7 +133,8 @@ def generate_case(world: World, r: random.Random, kind: str) -> tuple[list[str],
             argv += [f"{name}={value}"] if value.startswith("-") or r.random() < 0.3 else [name, value]
     argv += r.choice(WORDS) if kind == "words" else []
     outcome = run(generate.main, argv)
-    row = None if kind == "words" else directly(world, options)
+    unheard = options.get("--policy") == ["full"] and "--budget" in options
+    row = None if kind == "words" or unheard else directly(world, options)
     if row is None:
         return argv, "refused" if refused(outcome, "generate") and not (as_json and outcome.out) else "wrong"
     rows = [row]

@@ -186,6 +186,7 @@ BAD = {
     "no such video": (["--video", "{tmp}/none.mp4"], "does not exist"),
     "budget out of range": (["--budget", "7"], "budget must lie in (0, 1]"),
     "budget of no number": (["--budget", "nan"], "budget must lie in (0, 1]"),
+    "budget for everything": (["--policy", "full", "--budget", "0.5"], "leave one of the two out"),
     "budget too small": (["--image", "{image}", "--budget", "0.01"], "can't be met"),
     "prompt too long": (["--max-new-tokens", "200000"], "more than the model's 128000"),
     "no tokens wanted": (["--max-new-tokens", "0"], "at least 1"),
