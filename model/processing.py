@@ -12,9 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hybridkv.model.chat import Chat
+from hybridkv.model.chat import UNSURE, Chat, Encoded
 from hybridkv.model.checkpoint import resolve
 from hybridkv.model.config import CheckpointError, Config, load_config, read_json
+from hybridkv.model.messages import (
+    Seen,
+    Turn,
+    Words,
+    check_text,
+    going_on,
+    heavy_part,
+    one_turn,
+    read_messages,
+    source_of,
+    without_pixels,
+)
 from hybridkv.model.patches import Patcher, check_pixels
 from hybridkv.model.pictures import InputError, Picture, open_image, reason
 from hybridkv.model.video import check_fps, read_video
@@ -28,13 +40,18 @@ class Prompt:
 
     Attributes:
         input_ids: (T,) int64, placeholders expanded to one per visual token.
-        prunable: (T,) bool, the tokens that a cache may drop or move: visual tokens and long context, never the
-            question or the chat template.
+        prunable: (T,) bool, the tokens that a cache may drop or move: visual tokens, long contexts and what was said
+            in earlier turns, never the system prompt, the last question or the chat template.
         visual_tokens: how many of the T tokens come from pictures and video.
-        patches: (N, patch_dim) float32 of all images, then all videos; None without any.
+        patches: (N, patch_dim) float32 of all pictures and videos, in order; None without any.
         grids: (t, h, w) in patches of each of them.
         seconds_per_grid: seconds between two time steps of each; 0 for images.
         spans: their tokens in the prompt: the first one's place, then time, height and width in tokens.
+        heavy: tokens at the start that are read once for many questions: all up to the last picture, video or context.
+            They are the same whatever is asked then. 0 without any.
+        settled: tokens before the last turn, the same whatever it says; 0 if there is none.
+        later: (T,) bool, what will be prunable once another turn follows.
+        messages: the prompt's, pictures by their size alone.
     """
 
     input_ids: Tensor
@@ -44,6 +61,10 @@ class Prompt:
     grids: list[tuple[int, int, int]]
     seconds_per_grid: list[float]
     spans: list[tuple[int, int, int, int]] = field(default_factory=list)
+    heavy: int = 0
+    settled: int = 0
+    later: Tensor | None = None
+    messages: list[dict] = field(default_factory=list)
 
 
 class Processor:
@@ -95,27 +116,33 @@ class Processor:
 
     def __call__(
         self,
-        text: str,
+        text: str | Sequence[dict],
         images: Picture | Sequence[Picture] = (),
         videos: str | Path | Sequence[Video] = (),
         context: str = "",
         fps: float = 2.0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        system: str = "",
+        after: Sequence[dict] = (),
     ) -> Prompt:
-        """Makes a prompt: the pictures and videos, then the context, then the question, in one user turn.
+        """Makes a prompt of a question, or of chat messages.
 
-        Control tokens such as `<|im_end|>` and placeholders such as `<|image_pad|>` in the text or the context are
-        read as the text that they are.
+        A question goes into one user turn: the pictures and videos, then the context, then the question. Control
+        tokens such as `<|im_end|>` and placeholders such as `<|image_pad|>` in any text are read as the text that they
+        are.
 
         Args:
-            text: the question; always kept in the cache.
+            text: the question, always kept in the cache; or messages as in `messages.py`, whose pictures are paths or
+                Pillow images, or come from `images` and `videos` in order.
             images: paths or Pillow images, or a single one.
             videos: paths (needs PyAV), or lists of frames taken `fps` times a second; or a single path.
             context: long text to ask about; prunable, like visual tokens. Space around it goes.
             fps: frames a second, 0.001 to 1,000; from a file at least 4 and at most 768 frames are taken.
             min_pixels, max_pixels: bounds of a picture's (or frame's) area, from one token's to 16,384 tokens'; None
                 keeps the checkpoint's.
+            system: the system prompt, always kept in the cache; "" leaves it to the template.
+            after: messages that came before, as those of a `Prompt` or a reading; the question goes on from there.
 
         Raises:
             InputError: something can't be read or does not fit.
@@ -125,41 +152,89 @@ class Processor:
         videos = _several(videos, "videos", (str, Path), "paths or lists of frames")
         if (images or videos) and not self.cfg.vision:
             raise InputError("this checkpoint is text-only: it can't look at images or videos")
-        _check_text(text, "prompt")
-        if context != "":
-            _check_text(context, "context")
+        messages = isinstance(text, list | tuple) and all(isinstance(m, dict) for m in text)
+        if not messages:
+            check_text(text, "prompt")
+        for given, what in ((context, "context"), (system, "system prompt")):
+            if given != "":
+                check_text(given, what)
+        if (messages and context) or (after and system):
+            raise InputError("messages bring their own context and system prompt: give it as a part of them")
         check_fps(fps)
         check_pixels(min_pixels, max_pixels, self.patcher)
 
-        patches, grids, seconds = [], [], []
-        for i, source in enumerate(images):
-            picture = open_image(source, f"images[{i}]")
-            pixels, grid = self.patcher.picture(picture, min_pixels, max_pixels)
-            patches.append(pixels)
-            grids.append(grid)
-            seconds.append(0.0)
-        for i, source in enumerate(videos):
-            frames, rate = _frames(source, f"videos[{i}]", fps)
-            pixels, grid = self.patcher.video(frames, min_pixels, max_pixels)
-            patches.append(pixels)
-            grids.append(grid)
-            seconds.append(self.cfg.vision.temporal_patch_size / rate)
+        waiting = {"image": list(enumerate(images)), "video": list(enumerate(videos))}
 
-        merge = self.cfg.vision.spatial_merge_size**2 if grids else 1
-        counts = [t * h * w // merge for t, h, w in grids]
-        kinds = ["image"] * len(images) + ["video"] * len(videos)
-        ids, in_context = self.chat.encode(context.strip(), text, list(zip(kinds, counts, strict=True)))
+        def look(kind: str, part: dict, name: str) -> Seen:
+            if not self.cfg.vision:
+                raise InputError("this checkpoint is text-only: it can't look at images or videos")
+            if part.get("grid") is not None:
+                return self._seen_before(kind, part, name)
+            source = source_of(part, kind)
+            if source is None:
+                if not waiting[kind]:
+                    raise InputError(f"{name} has no {kind}: give it as {kind!r} in that part, or in {kind}s")
+                number, source = waiting[kind].pop(0)
+                name = f"{kind}s[{number}]"
+            return self._look(kind, source, name, fps, min_pixels, max_pixels)
+
+        if not messages:
+            text = one_turn(len(images), len(videos), context, text, after)
+        if system:
+            text = [{"role": "system", "content": system}, *text]
+        turns = read_messages(going_on(after, text), look)
+        for kind, left in waiting.items():
+            if left:
+                raise InputError(f"{len(left)} of the {kind}s have no place in the messages")
+        return self._prompt(turns)
+
+    def _look(
+        self, kind: str, source: object, name: str, fps: float, min_pixels: int | None, max_pixels: int | None
+    ) -> Seen:
+        """Opens a picture or video, and makes its patches."""
+        seconds = 0.0
+        if kind == "image":
+            pixels, grid = self.patcher.picture(open_image(source, name), min_pixels, max_pixels)
+        else:
+            frames, rate = _frames(source, name, fps)
+            pixels, grid = self.patcher.video(frames, min_pixels, max_pixels)
+            seconds = self.cfg.vision.temporal_patch_size / rate
+        return Seen(kind, grid, self._visual_tokens(grid), seconds, pixels)
+
+    def _seen_before(self, kind: str, part: dict, name: str) -> Seen:
+        """A picture or video of which only the size is given."""
+        grid, seconds, merge = part["grid"], part.get("seconds", 0.0), self.cfg.vision.spatial_merge_size
+        known = isinstance(grid, list | tuple) and len(grid) == 3 and all(isinstance(n, int) and n > 0 for n in grid)
+        if not known or grid[1] % merge or grid[2] % merge or not isinstance(seconds, int | float):
+            raise InputError(f"the grid of {name} must be three numbers of patches, the last two multiples of {merge}")
+        return Seen(kind, tuple(grid), self._visual_tokens(grid), float(seconds))
+
+    def _visual_tokens(self, grid: Sequence[int]) -> int:
+        t, h, w = grid
+        return t * h * w // self.cfg.vision.spatial_merge_size**2
+
+    def _prompt(self, turns: list[Turn]) -> Prompt:
+        encoded = self.chat.encode(turns)
+        ids, seen = encoded.ids, [part for turn in turns for part in turn.parts if isinstance(part, Seen)]
         visual = (ids == self.cfg.image_token_id) | (ids == self.cfg.video_token_id)
-        if int(visual.sum()) != sum(counts):
+        if int(visual.sum()) != sum(part.tokens for part in seen):
             raise CheckpointError("image_token_id or video_token_id in config.json is not that of the tokenizer")
+        words = [(turn, part) for turn in turns for part in turn.parts if isinstance(part, Words)]
+        now = [part.context or (turn.role != "system" and turn is not turns[-1]) for turn, part in words]
+        later = [part.context or turn.role != "system" for turn, part in words]
+        patches = [part.patches for part in seen if part.patches is not None]
         return Prompt(
             input_ids=ids,
-            prunable=in_context | visual,
+            prunable=visual | _in_these(encoded.segment, now),
             visual_tokens=int(visual.sum()),
             patches=torch.cat(patches) if patches else None,
-            grids=grids,
-            seconds_per_grid=seconds,
-            spans=self._spans(visual, grids),
+            grids=[part.grid for part in seen],
+            seconds_per_grid=[part.seconds for part in seen],
+            spans=self._spans(visual, [part.grid for part in seen]),
+            heavy=_heavy(turns, encoded, visual),
+            settled=encoded.last_turn,
+            later=visual | _in_these(encoded.segment, later),
+            messages=without_pixels(turns),
         )
 
     def _spans(self, visual: Tensor, grids: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:
@@ -195,14 +270,16 @@ def _frames(source: Video, name: str, fps: float) -> tuple[list[Image.Image], fl
     return frames, float(fps)
 
 
-def _check_text(text: str, what: str) -> None:
-    if not isinstance(text, str):
-        raise InputError(f"the {what} must be text (str), not {type(text).__name__}")
-    if not text.strip():
-        raise InputError(f"the {what} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise InputError(
-            f"the {what} holds half of a surrogate pair at character {e.start}, which is no text: decode it again"
-        ) from e
+def _in_these(segment: Tensor, chosen: list[bool]) -> Tensor:
+    """Which tokens lie in one of the chosen texts, (T,) bool."""
+    return torch.tensor([*chosen, False])[segment]  # -1, no text, is the last
+
+
+def _heavy(turns: list[Turn], encoded: Encoded, visual: Tensor) -> int:
+    """Tokens up to the last picture, video or context, less those at a context's end that the question may change."""
+    heavy, seen = heavy_part(turns), int(visual.nonzero()[-1]) + 1 if visual.any() else 0
+    if not heavy or isinstance(heavy[-1].parts[-1], Seen):
+        return seen
+    last = sum(isinstance(part, Words) for turn in heavy for part in turn.parts) - 1
+    inside = (encoded.segment == last).nonzero()
+    return max(seen, int(inside[-1]) + 1 - UNSURE) if len(inside) else seen
