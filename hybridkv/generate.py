@@ -33,91 +33,26 @@ from hybridkv.cli import (
     check_length,
     choose_device,
     one_line_errors,
-    positive,
     read_text,
     say,
 )
-from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine
 from hybridkv.model import InputError, Model, Processor, Prompt, from_pretrained
-from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.policies import POLICIES
+from hybridkv.options import add_answer_options, add_cache_options, add_input_options, cache_config, weights_dtype
 from hybridkv.report import report, table
 from hybridkv.sampling import Sampling
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_parser() -> Parser:
     parser = Parser("generate", __doc__)
-    add = parser.add_argument
-    once = {"action": "once"}
-    add(
-        "--model",
-        metavar="NAME",
-        help="a checkpoint folder, a name on the Hugging Face Hub, or demo: the bundled one",
-        **once,
-    )
+    add, once = parser.add_argument, {"action": "once"}
     add("--prompt", metavar="TEXT", help="the question; always kept in the cache", **once)
-    add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
-    add(
-        "--video",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a video file; needs pip install 'hybridkv[video]'; repeat for several",
-    )
-    add("--context", metavar="FILE", help="a long UTF-8 text to ask about; can be pruned, like pictures", **once)
-    add("--fps", type=float, default=2.0, help="frames taken from a second of video (default: 2)")
-    add(
-        "--min-pixels", type=int, metavar="N", help="scale smaller pictures up to this area (default: the checkpoint's)"
-    )
-    add(
-        "--max-pixels",
-        type=int,
-        metavar="N",
-        help="scale larger pictures down to this area; 28 x 28 pixels are one token",
-    )
-    add(
-        "--policy",
-        choices=POLICIES,
-        default="hybridkv",
-        help="which cache (default: hybridkv; see hybridkv/planning/policies.py)",
-    )
-    add(
-        "--budget",
-        type=float,
-        metavar="B",
-        help="share of the full cache's bytes in (0, 1], kept or refused (default: 0.1, more for short prompts)",
-    )
+    add_input_options(parser)
     add("--demo", metavar="NAME", help="a bundled model, pictures and question, beside the full cache", **once)
     add("--list-demos", action="store_true", help="name the bundled demos and stop")
-    add(
-        "--head-profile",
-        metavar="FILE",
-        help="of hybridkv.calibrate: classifies heads by it, and serves sparsemm",
-        **once,
-    )
+    add_cache_options(parser)
     add("--compare", action="store_true", help="answer with the full cache, too, and show both")
-    add("--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (default: 128)")
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0 takes the likeliest token; else 0.001 to 1000 (default: 0)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw from the likeliest tokens up to this probability (default: 1)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="for temperatures above 0; 0 or more (default: 0)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's on a GPU, float32 on a CPU")
-    add("--no-compile", action="store_true", help="run the decoding step uncompiled: starts at once, decodes slower")
+    add_answer_options(parser)
     add("--json", action="store_true", help="one JSON object for each policy on stdout, nothing else there")
     return parser
 
@@ -141,16 +76,6 @@ def choose_demo(args: argparse.Namespace) -> demos.Demo | None:
     return demo
 
 
-def cache_config(args: argparse.Namespace) -> HybridConfig:
-    """A budget that was asked for is kept or refused; the default gives way where a prompt is too short for it."""
-    if args.policy == "full" and args.budget is not None:
-        raise InputError("--policy full keeps everything, whatever --budget says: leave one of the two out")
-    chosen = {"strict": False} if args.budget is None else {"budget": args.budget}
-    if args.head_profile is not None:
-        chosen |= {"classifier": "profile", "head_profile": HeadProfile.load(args.head_profile)}
-    return HybridConfig(**chosen)
-
-
 def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Model, Processor, Prompt]:
     """The model, its processor and the prompt. What is cheap to check is checked before the weights are read."""
     processor = Processor.from_pretrained(args.model)
@@ -162,10 +87,11 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Model, 
         fps=args.fps,
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
+        system="" if args.system is None else args.system,
     )
     check_length(prompt, args.max_new_tokens, processor.cfg.max_position_embeddings)
-    dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else None)
-    return from_pretrained(args.model, dtype=dtype, device=device), processor, prompt
+    model = from_pretrained(args.model, dtype=weights_dtype(args.dtype, device), device=device)
+    return model, processor, prompt
 
 
 def answer(

@@ -21,7 +21,7 @@ from hybridkv.model.pictures import InputError, reason
 
 PAD = re.compile(r"<\|(image|video)_pad\|>")
 PLACE = "<|vision_start|><|{}_pad|><|vision_end|>"  # where there is no chat template
-UNSURE = 16  # tokens at the end of a text that what follows may change
+UNSURE = 32  # characters at the end of a text whose tokens what follows may change
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Encoded:
         ids: (T,) int64.
         segment: (T,) int64, which of all texts a token lies in, counted through the turns; -1 for what the template
             wrote, and for a token of two texts.
-        last_turn: tokens before the last turn that stay what they are whatever that turn says; 0 if none is sure to.
+        sure: tokens that stay what they are whatever follows a text, for each of them.
+        last_turn: tokens that stay what they are whatever the last turn says; 0 if none is sure to.
     """
 
     ids: Tensor
     segment: Tensor
+    sure: list[int]
     last_turn: int
 
 
@@ -107,9 +109,16 @@ class Chat:
         for i, (start, end) in enumerate(segments):
             segment[(a >= start) & (b <= end) & (b > a)] = i
         control = self._refuse_control(chat, ids, encoded.offsets, places)
-        before = int((b <= last_turn).sum())
-        stable = before < len(ids) and before in control and int(a[before]) == last_turn
-        return Encoded(ids, segment, before if stable else max(0, before - UNSURE))
+
+        def before(place: int) -> int:
+            """Tokens before the first one that ends behind this place."""
+            return int((b > place).int().argmax())
+
+        sure = [before(end - UNSURE) for _, end in segments]
+        n = before(last_turn)
+        if not (n in control and int(a[n]) == last_turn):
+            n = before(last_turn - UNSURE)
+        return Encoded(ids, segment, sure, n if last_turn else 0)
 
     def _refuse_control(self, chat: str, ids: Tensor, offsets: list, places: list[tuple[int, int]]) -> set[int]:
         """Which of the tokens are control tokens; none may lie in the `places` of text."""
@@ -136,7 +145,7 @@ class Chat:
         texts = ["".join(words.text for words in run) for run in runs]
         if not self.tokenizer.chat_template:
             if len(turns) > 1:
-                raise InputError("this checkpoint has no chat template: it can answer one question, and no conversation")
+                raise InputError("this checkpoint has no chat template: it answers one question, no conversation")
             shells = [""]
             for part in contents(turns[0]):
                 if isinstance(part, str):

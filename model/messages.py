@@ -140,7 +140,11 @@ def going_on(messages: Sequence[dict], more: Sequence[dict]) -> list[dict]:
     last, first = messages[-1], more[0]
     if last.get("role") != first.get("role"):
         return messages + more
-    return [*messages[:-1], last | {"content": parts_of(last.get("content")) + parts_of(first.get("content"))}, *more[1:]]
+    return [
+        *messages[:-1],
+        last | {"content": parts_of(last.get("content")) + parts_of(first.get("content"))},
+        *more[1:],
+    ]
 
 
 def parts_of(content: str | Sequence[dict]) -> list[dict]:

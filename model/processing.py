@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hybridkv.model.chat import UNSURE, Chat, Encoded
+from hybridkv.model.chat import Chat, Encoded
 from hybridkv.model.checkpoint import resolve
 from hybridkv.model.config import CheckpointError, Config, load_config, read_json
 from hybridkv.model.messages import (
@@ -280,6 +280,5 @@ def _heavy(turns: list[Turn], encoded: Encoded, visual: Tensor) -> int:
     heavy, seen = heavy_part(turns), int(visual.nonzero()[-1]) + 1 if visual.any() else 0
     if not heavy or isinstance(heavy[-1].parts[-1], Seen):
         return seen
-    last = sum(isinstance(part, Words) for turn in heavy for part in turn.parts) - 1
-    inside = (encoded.segment == last).nonzero()
-    return max(seen, int(inside[-1]) + 1 - UNSURE) if len(inside) else seen
+    texts = sum(isinstance(part, Words) for turn in heavy for part in turn.parts)
+    return max(seen, encoded.sure[texts - 1])

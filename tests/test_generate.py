@@ -63,6 +63,14 @@ def test_picture_beside_the_full_cache(vlm, image, how):
         assert part in done.stderr
 
 
+def test_a_system_prompt(vlm, capfd):
+    arguments = ["--model", str(vlm), "--prompt", "What?", "--json", "--no-compile", "--max-new-tokens", "1"]
+    for more in ([], ["--system", "Be brief."]):
+        generate.main([*arguments, *more])
+    usual, ours = (json.loads(line)["prompt_tokens"] for line in capfd.readouterr().out.splitlines())
+    assert usual - ours == len("You are a helpful assistant.") - len("Be brief.")  # a token for each byte
+
+
 def test_json_is_alone_on_stdout_and_its_numbers_fit_together(vlm, image, capfd):
     generate.main(
         ["--model", str(vlm), "--image", str(image), "--image", str(image), "--prompt", "What?", "--budget", "0.2",
