@@ -15,6 +15,7 @@ from hybridkv.version import __version__
 
 try:
     from hybridkv.model import InputError, Prompt
+    from hybridkv.model.pictures import short
 except ModuleNotFoundError as e:
     if e.name != "hybridkv.model":
         raise
@@ -221,6 +222,21 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise InputError(f"{path} holds no text")
     return text
+
+
+def check_target(path: str) -> None:
+    """Refuses a file that can't be written, before anything is computed for it.
+
+    Raises:
+        InputError: it is a folder, or its folder is missing or closed to us.
+    """
+    folder = os.path.dirname(path) or "."
+    if "\0" in path or not path or os.path.isdir(path):
+        raise InputError(f"{short(path)} is no file that can be written: name one")
+    if not os.path.isdir(folder):
+        raise InputError(f"{short(path)} can't be written: there is no folder {short(folder)}")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise InputError(f"{short(path)} can't be written: permission denied")
 
 
 def check_length(prompt: Prompt, new_tokens: int, limit: int) -> None:

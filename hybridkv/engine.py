@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from hybridkv.planning.plan import Plan, check_plan, full_plan
 from hybridkv.planning.policies import POLICIES
 from hybridkv.planning.prefill import NotRead, Prefill, all_but_question
 from hybridkv.sampling import Sampling
+
+if TYPE_CHECKING:
+    from hybridkv.model import Processor, Prompt
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Engine:
             the same pages; `dense` keeps everything in plain tensors read by SDPA. `quest` sets `config.retrieval`.
         eos: token ids that end an answer.
         compile: False runs the same step uncompiled, with the same tokens.
+        record: writes down what is kept and retrieved, for `report`, in a step that is compiled for that.
     """
 
     def __init__(
@@ -87,7 +92,10 @@ class Engine:
         policy: str | Callable[[Prefill], Plan] = "hybridkv",
         eos: Sequence[int] = (),
         compile: bool = True,
+        record: bool = False,
     ):
+        if record and policy == "dense":
+            raise ValueError("dense has no pages to write down: use policy='full' to record a full cache")
         if not callable(policy) and policy not in (*POLICIES, "dense"):
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, dense, or a function, got {policy!r}")
         self.model, self.config, self.policy, self.eos = model, config or HybridConfig(), policy, tuple(eos)
@@ -97,7 +105,7 @@ class Engine:
         self.state: DecodeState | None = None
         self.greedy = True
         self.stats = Stats()
-        self.compile = compile
+        self.compile, self.record = compile, record
         self._decode_step = decode_step
         self._lock = threading.Lock()  # held while something is computed, not between two tokens
         self._stream: object | None = None  # the generation that the cache belongs to
@@ -203,7 +211,7 @@ class Engine:
                 if self.compile:
                     check_pool(capacity.n_pages * self.config.page_size * like.like.shape[-1], like.like.device)
                 self.cache = None
-                self.cache = HybridCache(capacity, batch, like)
+                self.cache = HybridCache(capacity, batch, like, self.record)
                 self._compile()
         self.cache.reserve(plans, new_tokens)
         self._count_heads(plans)
@@ -262,6 +270,8 @@ class Engine:
                 begun = time.perf_counter()
                 token = self.step().tolist()  # the one place where the host waits
                 times.append(time.perf_counter() - begun)
+                if self.record:
+                    self.cache.record_step()
         with self._alone():
             if self._stream is mine:
                 self._measure(times, slow=2 if self.compile and logits.is_cuda else 1)
@@ -321,3 +331,18 @@ class Engine:
                 elif token is not None:
                     result.token_ids.append(token)
         return results
+
+    def report(self, processor: "Processor", prompt: "Prompt", token_ids: Sequence[int], sequence: int = 0) -> str:
+        """A page of HTML, one file that needs nothing else, on what the last generation kept and retrieved.
+
+        Args:
+            processor: that of the model, which made the prompt.
+            prompt, token_ids: the prompt and its answer, as generated.
+            sequence: its number in the batch.
+
+        Raises:
+            ValueError: the engine was not made with `record=True`, or has not generated yet.
+        """
+        from hybridkv.html import Run, page
+
+        return page(processor, prompt, [Run.of(self, token_ids, sequence)])

@@ -21,6 +21,7 @@ needs of the prompt's cache, sketches and tables included. Chunks of dynamic hea
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -31,12 +32,14 @@ from hybridkv.cli import (
     Status,
     can_compile,
     check_length,
+    check_target,
     choose_device,
     one_line_errors,
     read_text,
     say,
 )
 from hybridkv.engine import Engine
+from hybridkv.html import Run, page
 from hybridkv.model import InputError, Model, Processor, Prompt, from_pretrained
 from hybridkv.options import add_answer_options, add_cache_options, add_input_options, cache_config, weights_dtype
 from hybridkv.report import report, table
@@ -53,6 +56,7 @@ def build_parser() -> Parser:
     add_cache_options(parser)
     add("--compare", action="store_true", help="answer with the full cache, too, and show both")
     add_answer_options(parser)
+    add("--report", metavar="FILE", help="a page of HTML: what was kept, and what each word fetched", **once)
     add("--json", action="store_true", help="one JSON object for each policy on stdout, nothing else there")
     return parser
 
@@ -125,23 +129,29 @@ def run(args: argparse.Namespace) -> None:
         return
     config, sampling = cache_config(args), Sampling(args.temperature, args.top_p, args.seed)
     demo, device = choose_demo(args), choose_device(args.device)
+    if args.report is not None:
+        check_target(args.report)
     if demo and not args.json:
         pictures = " ".join(str(image) for image in demo.images)
         print(f"demo:     {demo.name} (--list-demos names the others)\npicture:  {pictures}")
         print(f"question: {demo.prompt}\nright:    {demo.answer}\n", flush=True)
     model, processor, prompt = read_inputs(args, device)
     compile = not args.no_compile and can_compile(device)
-    rows = []
+    rows, runs = [], []
     for policy in dict.fromkeys((args.policy, "full") if args.compare else (args.policy,)):
         if args.compare and not args.json:
             print(f"--- {policy} cache" + (f", budget {config.budget:g}" if policy != "full" else ""), flush=True)
-        engine = Engine(model, config, policy, model.cfg.eos_token_id, compile)
+        engine = Engine(model, config, policy, model.cfg.eos_token_id, compile, record=args.report is not None)
         text, token_ids = answer(engine, processor, prompt, args.max_new_tokens, sampling, show=not args.json)
         rows.append(report(prompt, policy, text, token_ids, engine))
+        if args.report is not None:
+            runs.append(Run.of(engine, token_ids))
         if args.json:
             print(json.dumps(rows[-1]), flush=True)
     if not args.json:
         say("\n" + table(rows))
+    if runs:
+        Path(args.report).write_text(page(processor, prompt, runs), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

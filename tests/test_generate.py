@@ -166,7 +166,7 @@ def test_help_teaches(capsys):
 
 
 def test_a_second_option_never_replaces_the_first_unseen(capsys):
-    for name in ("--model", "--prompt", "--context", "--demo", "--head-profile"):
+    for name in ("--model", "--prompt", "--context", "--demo", "--head-profile", "--report"):
         with pytest.raises(SystemExit) as stop:
             generate.main([name, "a", name, "b"])
         assert stop.value.code == 2 and f"argument {name}: can be given only once" in capsys.readouterr().err
@@ -215,6 +215,8 @@ BAD = {
     "no such profile": (["--head-profile", "{tmp}/none.json"], "is not a head profile"),
     "profile of no numbers": (["--head-profile", "{tmp}/infinite.json"], "need must be finite"),
     "other model's profile": (["--head-profile", "{tmp}/other.json"], "this model has"),
+    "report into nowhere": (["--report", "{tmp}/nowhere/x.html"], "there is no folder"),
+    "report over a folder": (["--report", "{tmp}"], "is no file that can be written"),
     "unknown option": (["--bogus"], "unrecognized arguments"),
     "shortened option": (["--max-new", "4"], "unrecognized arguments"),
     "option over two lines": (["--bo\ngus"], "unrecognized arguments"),

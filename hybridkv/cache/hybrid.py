@@ -22,6 +22,7 @@ from hybridkv.cache.bounds import KeyBounds
 from hybridkv.cache.capacity import Capacity
 from hybridkv.cache.exact import ExactKeys
 from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, lane_slots, place
+from hybridkv.cache.recording import Recording
 from hybridkv.cache.retrieve import best_chunks
 from hybridkv.cache.sketch import KeySketch
 from hybridkv.planning.plan import Costs, Plan, full_bytes
@@ -89,9 +90,11 @@ class HybridCache(nn.Module):
 
     Tables of all lanes are (layers, L, ...). Those of dynamic lanes are (N, R, ...): N layers that retrieve, R rows in
     each, one for each of its dynamic lanes; `lane` says which one a row is, and is L for rows that are not used.
+
+    With `record`, what is kept and retrieved is written down: see `recording.py`.
     """
 
-    def __init__(self, capacity: Capacity, batch: int, like: Prefill):
+    def __init__(self, capacity: Capacity, batch: int, like: Prefill, record: bool = False):
         super().__init__()
         config, key = like.config, like.like
         (layers, heads), dim = like.shape, key.shape[-1]
@@ -121,6 +124,7 @@ class HybridCache(nn.Module):
         self.layers = nn.ModuleList(CacheLayer(self, layer, nth.get(layer), key.device) for layer in range(layers))
         summary = {"sketch": KeySketch, "bound": KeyBounds, "exact": ExactKeys}[config.retrieval]
         self.summary = summary(capacity.n_store, len(retrieving) * capacity.rows, dim, config, key)
+        self.recording = Recording((*rows, capacity.retrieve), key.device) if record else None
         self._plans: list[Plan] = []
         self._placement: Placement | None = None
 
@@ -170,6 +174,8 @@ class HybridCache(nn.Module):
         asking = q.index_select(0, of(nth, self.lane).clamp(max=len(q) - 1))  # (R, G, D)
         chunks, n_chunks, n_retrieve = (of(nth, table) for table in (self.chunks, self.n_chunks, self.n_retrieve))
         best = best_chunks(self.summary, asking, chunks, n_chunks, self._rows(nth), n_retrieve, self.capacity.retrieve)
+        if self.recording is not None:
+            self.recording.note(nth, best)
         found = self._fetch(best)
         row = of(layer, self.row)
         mine = (row - 1).clamp(min=0)
@@ -255,6 +261,8 @@ class HybridCache(nn.Module):
                 getattr(self, name)[n, : len(lane)] = tables[name][layer, lane].to(self.lane)
         self.next_page.copy_(torch.tensor(self._placement.next_page))
         self._note_tails()
+        if self.recording is not None:
+            self.recording.begin(plans)
 
     @torch.no_grad()
     def pack(self, b: int, layer: int, kept: Kept) -> None:
@@ -269,6 +277,12 @@ class HybridCache(nn.Module):
             pages = [torch.cat((chunks[h, : plan.lane_chunks], tail[h : h + 1])).to(device) for h in dynamic]
             row = sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row[dynamic].long() - 1
             self.summary.pack(chunk_keys(plan, kept, layer), pages, row.to(device), plan.lane_chunks)
+        if self.recording is not None:
+            self.recording.keep(b, kept)
+
+    def record_step(self) -> None:
+        """Adds the step that has just run to the records. Synchronises."""
+        self.recording.take(self.lane, self.chunks, self.n_chunks, self.n_retrieve, self.retrieving.tolist())
 
     def count_bytes(self) -> CacheBytes:
         """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""
@@ -287,7 +301,7 @@ class HybridCache(nn.Module):
             return count[0] * (costs.page + costs.summary) + count[1] * costs.page
 
         pooled = ("keys", "values", "summary.sketch", "summary.low", "summary.high", "summary.keys")
-        tables = sum(t.nbytes for name, t in self.named_buffers() if name not in pooled)
+        tables = sum(t.nbytes for name, t in self.named_buffers() if name not in pooled and "recording" not in name)
         null_page = costs.page + costs.summary
         lanes = self.n_fixed.shape[0] * self.heads
         return CacheBytes(
@@ -295,5 +309,5 @@ class HybridCache(nn.Module):
             resident=pages(prompt) + null_page + tables,
             step=sum(plan.step_bytes(costs) for plan in plans),
             new=pages(generated),
-            allocated=sum(t.nbytes for t in self.buffers()),
+            allocated=sum(t.nbytes for name, t in self.named_buffers() if "recording" not in name),
         )

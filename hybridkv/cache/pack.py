@@ -1,6 +1,6 @@
 """Packing: which page every prompt token of every lane goes to. A lane's budget becomes its number of pages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -90,10 +90,12 @@ class Kept:
 
     Attributes:
         k, v: (N, D), one lane after the other, each in the order of `lane_tokens`.
+        tokens: `lane_tokens`, of each lane.
     """
 
     k: Tensor
     v: Tensor
+    tokens: list[Tensor] = field(default_factory=list)
 
 
 def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
@@ -103,7 +105,7 @@ def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
     head = torch.arange(len(tokens)).repeat_interleave(lengths).to(read.k.device)
     token = torch.cat(tokens)
     prefill.layers[layer] = None
-    return Kept(read.k[head, token], read.v[head, token])
+    return Kept(read.k[head, token], read.v[head, token], tokens)
 
 
 def chunk_keys(plan: Plan, kept: Kept, layer: int) -> Tensor:
