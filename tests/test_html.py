@@ -148,7 +148,7 @@ def recorded(tiny, asked, policy: str = "hybridkv", new_tokens: int = 6, **confi
 
 
 def test_text_of_all_kinds_stays_text(tiny):
-    model, processor = tiny
+    _, processor = tiny
     asked = processor(ATTACK, images=[Image.new("RGB", (336, 336), "teal")], context=ATTACK * 20)
     engine = recorded(tiny, asked, budget=0.5)
     attack_ids = processor(ATTACK).input_ids.tolist()

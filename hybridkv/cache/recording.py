@@ -73,9 +73,8 @@ class Recording(nn.Module):
             lane, n_chunks, n_retrieve: (N, R), chunks: (N, R, C), as in the cache.
             layers: the N layers that retrieve.
         """
-        chosen, lane, chunks, n_chunks, n_retrieve = (
-            t.cpu() for t in (self.chosen, lane, chunks, n_chunks, n_retrieve)
-        )
+        tables = (self.chosen, lane, chunks, n_chunks, n_retrieve)
+        chosen, lane, chunks, n_chunks, n_retrieve = (t.cpu() for t in tables)
         heads = self.records[0].plan.dynamic.shape[1]
         steps: list[dict[Head, Tensor]] = [{} for _ in self.records]
         for n, layer in enumerate(layers):
