@@ -13,6 +13,7 @@ from hybridkv.planning.budget import BudgetError
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import Plan, budgeted_plan, full_plan, hybrid_plan
 from hybridkv.planning.prefill import LayerProfile, Prefill
+from hybridkv.profiles import builtin_profile
 from hybridkv.sampling import Sampling
 from hybridkv.version import __version__
 
@@ -33,6 +34,7 @@ __all__ = [
     "Stats",
     "__version__",
     "budgeted_plan",
+    "builtin_profile",
     "full_plan",
     "hybrid_plan",
 ]

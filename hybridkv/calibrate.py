@@ -9,22 +9,18 @@ Use it with `python -m hybridkv.generate --head-profile heads.json`, or from Pyt
 command is run in, and context may be left out. The bundled model is measured on the bundled demos if no samples are
 given.
 
-A head's need is what pruning it alone does to the answer, not to its own output: in the bundled model, whose answers
-hang on a few heads, outputs that change most are not those that matter. All heads are tried in one batch.
+Without a profile of your own, `python -m hybridkv.generate` measures a model once on samples that are built in, and
+takes from that only which layers retrieve. A profile of prompts like yours knows better, and is the best there is.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from einops import einsum, rearrange
-from torch import Tensor
 from tqdm import tqdm
 
 from hybridkv import demos
@@ -32,59 +28,9 @@ from hybridkv.cli import Parser, check_length, choose_device, one_line_errors, p
 from hybridkv.config import HybridConfig
 from hybridkv.model import InputError, Model, Processor, Prompt, from_pretrained
 from hybridkv.planning.head_profile import HeadProfile
-from hybridkv.planning.plan import budgeted_plan, static_score
-from hybridkv.planning.prefill import Prefill
+from hybridkv.planning.need import measure_heads
 
 NEW_TOKENS = 32  # of an answer that are looked at
-
-
-class Observer:
-    """A full cache for one sequence, read by several variants of the same answer at once.
-
-    Variant 0 sees everything. Variant 1 + layer * H + head sees everything, too, but in that one head only what pruning
-    would keep. They share the prompt's keys and values; those of new tokens differ from the pruned layer on.
-
-    Attributes:
-        visual: (layers, H) sum over steps of variant 0's attention on prunable tokens.
-    """
-
-    def __init__(self, prefill: Prefill):
-        plan = budgeted_plan(prefill, torch.zeros(prefill.shape, dtype=torch.bool), static_score)
-        kept = plan.n_read * plan.page_size  # (layers, H)
-        self.variants = 1 + kept.numel()
-        self.prunable = prefill.prunable
-        self.prompt = [(layer.k, layer.v) for layer in prefill.layers]
-        self.new = [(layer.k.new_empty(self.variants, *layer.k[:, :0].shape),) * 2 for layer in prefill.layers]
-        self.dropped = []  # for each layer (H, T)
-        for layer, count in enumerate(kept):
-            rank = plan.order(prefill, layer).argsort(-1)  # (H, T) place of each token in its head's order
-            self.dropped.append(rank >= count.to(rank.device)[:, None])
-        self.visual = torch.zeros(prefill.shape)
-
-    def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return partial(self.attend, layer)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, Hq, 1, D); k, v (B, H, 1, D); gives (B, Hq, 1, D); B variants."""
-        self.new[layer] = new_k, new_v = tuple(torch.cat(pair, 2) for pair in zip(self.new[layer], (k, v), strict=True))
-        prompt_k, prompt_v = self.prompt[layer]  # (H, T, D)
-        heads, tokens = prompt_k.shape[:2]
-        group = rearrange(q, "b (h g) 1 d -> b h g d", h=heads) * q.shape[-1] ** -0.5
-        logits = torch.cat(
-            [
-                einsum(group, prompt_k, "b h g d, h t d -> b h g t"),
-                einsum(group, new_k, "b h g d, b h n d -> b h g n"),
-            ],
-            -1,
-        )
-        head = torch.arange(heads, device=q.device)
-        pruned = 1 + layer * heads + head
-        gone = F.pad(self.dropped[layer], (0, new_k.shape[2]))  # (H, T + n)
-        logits[pruned, head] = logits[pruned, head].masked_fill(gone[:, None], float("-inf"))
-        seen, own = logits.softmax(-1).split([tokens, new_k.shape[2]], -1)
-        self.visual[layer] += seen[0][..., self.prunable].sum(-1).mean(-1).cpu()
-        out = einsum(seen, prompt_v, "b h g t, h t d -> b h g d") + einsum(own, new_v, "b h g n, b h n d -> b h g d")
-        return rearrange(out, "b h g d -> b (h g) 1 d")
 
 
 def check_prunes(config: HybridConfig) -> None:
@@ -103,24 +49,14 @@ def calibrate(
         ValueError: nothing to measure: a budget that prunes nothing, or no prompt that got an answer.
     """
     check_prunes(config)
-    need, visual = [], []
-    for prompt in tqdm(prompts, desc="prompts", leave=False, disable=None):
-        prefill = Prefill(prompt.prunable, config, spans=prompt.spans)
-        logits, position = model.prefill(prompt, prefill)
-        observer, divergence = Observer(prefill), []
-        token = logits.argmax()
-        while len(divergence) < new_tokens and int(token) not in eos:
-            at = torch.full((observer.variants,), position + len(divergence), device=token.device)
-            logits = model.step(token.expand(observer.variants), at, observer).float().log_softmax(-1)  # (variants, V)
-            kl = (logits[0].exp() * (logits[0] - logits[1:])).sum(-1)
-            divergence.append(kl.clamp(min=0).cpu())  # below 0 only by rounding
-            token = logits[0].argmax()
-        if divergence:
-            need.append(torch.stack(divergence).mean(0).view_as(observer.visual))
-            visual.append(observer.visual / len(divergence))
-    if not need:
+    each = [
+        measure_heads(model, prompt, config, new_tokens, eos)
+        for prompt in tqdm(prompts, desc="prompts", leave=False, disable=None)
+    ]
+    measured = [profile for profile in each if profile is not None]
+    if not measured:
         raise ValueError("no prompt got an answer of a single token: nothing was measured")
-    return HeadProfile(torch.stack(need).mean(0), torch.stack(visual).mean(0), len(need), name)
+    return HeadProfile.join(measured, name)
 
 
 def read_samples(file: Path, processor: Processor, new_tokens: int) -> list[Prompt]:

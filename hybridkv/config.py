@@ -29,13 +29,15 @@ class HybridConfig:
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
         classifier: how heads are told apart: `focus` (see `LayerProfile`), `profile` (the offline head profile), or
             `threshold` (the paper's fixed one). What it was compared with is in `planning/variants.py`.
-        retrieving_layers: share of the layers that dynamic heads may be in, the neediest by `head_profile`; None, or
-            without a profile, for all. Retrieval costs a layer its kernels, however few of its heads use them.
+        retrieving_layers: share of the layers that dynamic heads may be in, the neediest by `head_profile`; without a
+            profile all of them. None takes half, and with the classifier `profile` all. Retrieval costs a layer its
+            kernels, however few of its heads use them.
         dynamic_share: share of KV heads, over all layers, that are dynamic, one at least unless it is 0; `threshold`
             does not look at it.
         threshold: a head is static when at least this share of its attention is settled once the prompt is read (see
             `classify.settled_share`). The paper's is 0.9.
-        head_profile: an offline profile (`python -m hybridkv.calibrate`), where one is needed.
+        head_profile: which heads need retrieval, measured once for a checkpoint: by `python -m hybridkv.calibrate` on
+            prompts like one's own, or by `profiles.builtin_profile`.
         dynamic_weight: pages of a dynamic head for each page of a static head (the paper's coefficient between types).
         retrieval: how chunks are summed up for scoring: by a `sketch` of their keys (`cache/sketch.py`), by their
             `bound` (`cache/bounds.py`), or, to compare with, by the `exact` keys (`cache/exact.py`).

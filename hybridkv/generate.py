@@ -41,7 +41,14 @@ from hybridkv.cli import (
 from hybridkv.engine import Engine
 from hybridkv.html import Run, page
 from hybridkv.model import InputError, Model, Processor, Prompt, from_pretrained
-from hybridkv.options import add_answer_options, add_cache_options, add_input_options, cache_config, weights_dtype
+from hybridkv.options import (
+    add_answer_options,
+    add_cache_options,
+    add_input_options,
+    cache_config,
+    weights_dtype,
+    with_profile,
+)
 from hybridkv.report import report, table
 from hybridkv.sampling import Sampling
 
@@ -136,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"demo:     {demo.name} (--list-demos names the others)\npicture:  {pictures}")
         print(f"question: {demo.prompt}\nright:    {demo.answer}\n", flush=True)
     model, processor, prompt = read_inputs(args, device)
+    config = with_profile(args, config, model, processor)
     compile = not args.no_compile and can_compile(device)
     rows, runs = [], []
     for policy in dict.fromkeys((args.policy, "full") if args.compare else (args.policy,)):

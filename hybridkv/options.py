@@ -1,14 +1,17 @@
 """Options that the commands share: what is asked about, which cache, and how it is answered."""
 
 import argparse
+from dataclasses import replace
 
 import torch
 
-from hybridkv.cli import Parser, positive
+from hybridkv.cli import Parser, positive, say
 from hybridkv.config import HybridConfig
-from hybridkv.model import InputError
+from hybridkv.model import InputError, Model, Processor
+from hybridkv.model.checkpoint import resolve
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.policies import POLICIES
+from hybridkv.profiles import brought_profile, builtin_profile
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,6 +68,11 @@ def add_cache_options(parser: Parser) -> None:
         help="of hybridkv.calibrate: classifies heads by it, and serves sparsemm",
         action="once",
     )
+    add(
+        "--no-calibration",
+        action="store_true",
+        help="don't measure which layers need retrieval, once for a checkpoint: all retrieve, which is slower",
+    )
 
 
 def add_answer_options(parser: Parser) -> None:
@@ -99,6 +107,17 @@ def cache_config(args: argparse.Namespace) -> HybridConfig:
     if args.head_profile is not None:
         chosen |= {"classifier": "profile", "head_profile": HeadProfile.load(args.head_profile)}
     return HybridConfig(**chosen)
+
+
+def with_profile(args: argparse.Namespace, config: HybridConfig, model: Model, processor: Processor) -> HybridConfig:
+    """The configuration with the checkpoint's own head profile, or a built-in one, if that is wanted and not given."""
+    if args.no_calibration or args.policy != "hybridkv" or config.head_profile or config.budget == 1:
+        return config
+    profile = brought_profile(resolve(args.model))
+    if profile is None:
+        once = "note: measuring which layers need retrieval, once for this checkpoint (--no-calibration does without)"
+        profile = builtin_profile(model, processor, before=lambda: say(once))
+    return replace(config, head_profile=profile)
 
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype | None:

@@ -25,14 +25,18 @@ settings.load_profile("repeat")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Nothing that an earlier run compiled is used; what one test compiles, another may take (workers share it)."""
+    """Nothing that an earlier run compiled or measured is used; what one test compiles, another may take.
+
+    (Workers share it, and child processes.)
+    """
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        config.compiled = tempfile.mkdtemp(prefix="hybridkv-")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.compiled
+        config.caches = tempfile.mkdtemp(prefix="hybridkv-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(config.caches) / "compiled")
+        os.environ["HYBRIDKV_CACHE"] = str(Path(config.caches) / "profiles")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if folder := getattr(config, "compiled", None):
+    if folder := getattr(config, "caches", None):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from hybridkv import Engine, HeadProfile, HybridConfig, Sampling, generate
+from hybridkv import Engine, HeadProfile, HybridConfig, Sampling, demos, generate
 from hybridkv.planning.policies import POLICIES
+from hybridkv.profiles import brought_profile
 from tests.cli_world import World, bundled_model_kept, files, make_world, refused, run
 from tests.fuzz_calibrate import calibrate_case
 
@@ -103,6 +104,8 @@ def directly(world: World, options: dict[str, list[str]]) -> dict | None:
         if new < 1 or len(prompt.input_ids) + new > world.processor.cfg.max_position_embeddings:
             return None
         policy = one.get("--policy", "hybridkv")
+        if policy == "hybridkv" and "head_profile" not in chosen:
+            chosen["head_profile"] = brought_profile(demos.MODEL)
         engine = Engine(world.model, HybridConfig(**chosen), policy, world.model.cfg.eos_token_id, compile=False)
         (result,) = engine.generate([prompt], new, sampling)
     except (ValueError, OSError):

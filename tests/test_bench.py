@@ -18,6 +18,7 @@ from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, calibrate
 from hybridkv.model import Processor
 from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.need import Observer, pruned_tokens
 from hybridkv.planning.plan import Plan, budgeted_plan, static_score
 from hybridkv.planning.variants import random_heads
 from tests.lab import prompt
@@ -268,7 +269,7 @@ def test_the_observer_prunes_one_head_of_each_variant(model):
     record = Prefill(prompt(300, 0).prunable, config)
     model.prefill(prompt(300, 0), record)
     plan = budgeted_plan(record, torch.zeros(2, 2, dtype=torch.bool), static_score)
-    observer = calibrate.Observer(record)
+    observer = Observer(record, pruned_tokens(record), torch.arange(4))
     assert observer.variants == 5
     q, k, v = torch.randn(2, 5, 6, 1, 16), torch.randn(2, 5, 2, 1, 16), torch.randn(2, 5, 2, 1, 16)
     outs = [observer[1](q[step], k[step], v[step]) for step in range(2)]

@@ -14,6 +14,7 @@ from hybridkv import generate
 from hybridkv.report import size, table
 from tests.fuzz_cli import fuzz
 
+PLAIN = ["--no-compile", "--no-calibration"]
 KEYS = {
     "policy", "budget", "text", "token_ids", "prompt_tokens", "visual_tokens", "static_heads", "dynamic_heads",
     "full_bytes", "resident_bytes", "attended_tokens", "ttft_s", "ms_per_token", "compile_s", "device", "dtype",
@@ -21,7 +22,7 @@ KEYS = {
 
 
 def run(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "hybridkv.generate", *map(str, args)]
+    command = [sys.executable, "-m", "hybridkv.generate", "--no-calibration", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
 
 
@@ -74,7 +75,7 @@ def test_a_system_prompt(vlm, capfd):
 def test_json_is_alone_on_stdout_and_its_numbers_fit_together(vlm, image, capfd):
     generate.main(
         ["--model", str(vlm), "--image", str(image), "--image", str(image), "--prompt", "What?", "--budget", "0.2",
-         "--compare", "--json", "--no-compile", "--max-new-tokens", "12", "--max-pixels", "300000"]
+         "--compare", "--json", *PLAIN, "--max-new-tokens", "12", "--max-pixels", "300000"]
     )  # fmt: skip
     hybrid, full = (json.loads(line) for line in capfd.readouterr().out.splitlines())
     assert set(hybrid) >= KEYS and set(full) >= KEYS
@@ -89,7 +90,7 @@ def test_json_is_alone_on_stdout_and_its_numbers_fit_together(vlm, image, capfd)
 
 def test_long_text(llama, context, capfd):
     generate.main(
-        ["--model", str(llama), "--context", str(context), "--prompt", "What grew?", "--budget", "0.3", "--no-compile",
+        ["--model", str(llama), "--context", str(context), "--prompt", "What grew?", "--budget", "0.3", *PLAIN,
          "--json", "--max-new-tokens", "4"]
     )  # fmt: skip
     row = json.loads(capfd.readouterr().out)
@@ -99,7 +100,7 @@ def test_long_text(llama, context, capfd):
 def test_sampling_repeats_with_its_seed(vlm, image, capsys):
     def tokens(*more: str) -> list[int]:
         generate.main(
-            ["--model", str(vlm), "--image", str(image), "--prompt", "?", "--policy", "full", "--no-compile", "--json",
+            ["--model", str(vlm), "--image", str(image), "--prompt", "?", "--policy", "full", *PLAIN, "--json",
              "--max-new-tokens", "8", "--temperature", "1.5", "--top-p", "0.95", *more]
         )  # fmt: skip
         return json.loads(capsys.readouterr().out)["token_ids"]
@@ -117,7 +118,7 @@ def test_video_and_float16(vlm, tmp_path, capsys):
             container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (128, 128), (7 * i, 0, 99)))))
         container.mux(stream.encode())
     generate.main(
-        ["--model", str(vlm), "--video", str(path), "--prompt", "?", "--budget", "0.6", "--no-compile", "--json",
+        ["--model", str(vlm), "--video", str(path), "--prompt", "?", "--budget", "0.6", *PLAIN, "--json",
          "--max-new-tokens", "4", "--dtype", "bfloat16"]
     )  # fmt: skip
     row = json.loads(capsys.readouterr().out)
@@ -125,7 +126,7 @@ def test_video_and_float16(vlm, tmp_path, capsys):
 
 
 def test_streamed_text_is_the_text(vlm, image, capsys):
-    arguments = ["--model", str(vlm), "--image", str(image), "--prompt", "?", "--policy", "full", "--no-compile"]
+    arguments = ["--model", str(vlm), "--image", str(image), "--prompt", "?", "--policy", "full", *PLAIN]
     generate.main([*arguments, "--max-new-tokens", "16"])
     streamed = capsys.readouterr().out
     generate.main([*arguments, "--max-new-tokens", "16", "--json"])
@@ -136,7 +137,7 @@ def test_streamed_text_is_the_text(vlm, image, capsys):
 def test_the_default_budget_gives_way_to_a_short_prompt_and_says_so(vlm, capsys, tmp_path):
     Image.new("RGB", (224, 224), "teal").save(tmp_path / "small.png")
     generate.main(
-        ["--model", str(vlm), "--image", str(tmp_path / "small.png"), "--prompt", "?", "--no-compile", "--json",
+        ["--model", str(vlm), "--image", str(tmp_path / "small.png"), "--prompt", "?", *PLAIN, "--json",
          "--max-new-tokens", "2"]
     )  # fmt: skip
     out, err = capsys.readouterr()
@@ -148,7 +149,7 @@ def test_the_default_budget_gives_way_to_a_short_prompt_and_says_so(vlm, capsys,
 @pytest.mark.parametrize("budget", [[], ["--budget", "0.5"]])
 @pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])
 def test_with_nothing_to_prune_the_full_cache_is_kept_and_a_note_says_so(vlm, capsys, policy, budget):
-    arguments = ["--model", str(vlm), "--prompt", "no picture at all", "--no-compile", "--max-new-tokens", "2"]
+    arguments = ["--model", str(vlm), "--prompt", "no picture at all", *PLAIN, "--max-new-tokens", "2"]
     generate.main([*arguments, "--policy", policy, *budget])
     err = capsys.readouterr().err
     share = float(err.partition(" of the full cache a step")[0].split()[-1].rstrip("%"))
@@ -254,7 +255,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(name, vlm, spoilt, image, capsy
     model = [] if "--model" in args else ["--model", str(vlm)]
     prompt = [] if args[0].startswith("--prompt") else ["--prompt", "?"]
     with pytest.raises(SystemExit) as stop:
-        generate.main([*model, *prompt, "--no-compile", *args])
+        generate.main([*model, *prompt, *PLAIN, *args])
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert message in err and err.count("\n") == 1 and err.startswith("python -m hybridkv.generate: error: ")

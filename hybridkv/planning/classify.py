@@ -12,6 +12,7 @@ from torch import Tensor
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.prefill import Prefill, window_probabilities, window_rows
 
+BY_DEFAULT = 0.5  # of the layers retrieve where a profile says which need it
 TOP_SHARE = 0.1  # of the prunable tokens are in a query's top set, for `overlap`
 
 
@@ -21,9 +22,12 @@ def retrieving_layers(prefill: Prefill) -> Tensor:
     A property of the model, not of the prompt, since it is part of the compiled graph.
     """
     config = prefill.config
-    if config.retrieving_layers is None or config.head_profile is None:
+    share = config.retrieving_layers
+    if share is None:  # heads of a profile are found wherever they are
+        share = 1 if config.classifier == "profile" else BY_DEFAULT
+    if config.head_profile is None or share == 1:
         return torch.ones(prefill.shape[0], dtype=torch.bool)
-    return highest(measured_heads(prefill).need.sum(1), config.retrieving_layers)
+    return highest(measured_heads(prefill).need.sum(1), share)
 
 
 def classify(prefill: Prefill, layers: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""An offline profile: what a model's heads were found to do on sample prompts. `hybridkv.calibrate` measures one."""
+"""An offline profile: what a model's heads were found to do on sample prompts. `need.py` measures one."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,6 +33,17 @@ class HeadProfile:
                 raise ValueError(f"{name} must be a table of layers by KV heads, like need, got {tuple(x.shape)}")
             if not x.isfinite().all() or (x < 0).any():
                 raise ValueError(f"{name} must be finite and not negative")
+
+    @classmethod
+    def join(cls, profiles: Sequence["HeadProfile"], model: str = "") -> "HeadProfile":
+        """One profile of all prompts that these of the same model were measured on, each prompt with equal weight."""
+        weight = torch.tensor([float(max(1, profile.prompts)) for profile in profiles])
+        weight /= weight.sum()
+        need, visual = (
+            torch.einsum("n,nlh->lh", weight, torch.stack([getattr(profile, name) for profile in profiles]))
+            for name in ("need", "visual")
+        )
+        return cls(need, visual, sum(profile.prompts for profile in profiles), model)
 
     def save(self, file: str | Path) -> None:
         """Writes a small JSON file."""
