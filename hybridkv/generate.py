@@ -84,6 +84,7 @@ def choose_demo(args: argparse.Namespace) -> demos.Demo | None:
         raise InputError(f"there is no demo {name!r}; there are {', '.join(known)}")
     demo = known[name]
     args.model, args.prompt, args.image, args.compare = demos.MODEL, demo.prompt, demo.images, True
+    args.no_calibration = True  # layers that are all alike compile soonest
     return demo
 
 

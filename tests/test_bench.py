@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import heads, judge, quality, report
+from bench import heads, judge, layers, quality, report
 from bench.report import bootstrap
 from bench.tasks import TEXT_TASKS, Case, make_case
 from demo.tiny_vlm import config as tiny_config
@@ -261,6 +261,18 @@ def test_classifiers_are_held_against_an_offline_profile(tmp_path, monkeypatch, 
     # the model card says so: the heads that chains need rank high by focus, and low by ranks
     assert row["classifiers"]["focus"]["covered"] > 0.9 > row["classifiers"]["ranks"]["covered"]
     assert "covers" in capsys.readouterr().out
+
+
+def test_layers_of_two_profiles_are_compared(tmp_path, capsys):
+    need = torch.tensor([[4.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.5, 0.5]])
+    ours = HeadProfile(need, need)
+    theirs = HeadProfile(need[[1, 3, 0, 2]], need)
+    assert layers.compared(ours, ours, 0.5) == (2, 2, 0.7, 0.7)
+    assert layers.compared(ours, theirs, 0.5) == (1, 2, 0.4, 0.7)  # by need 3 and 1 of 10
+    for name, profile in (("ours", ours), ("theirs", theirs)):
+        profile.save(tmp_path / name)
+    layers.main(["--task-profiles", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
+    assert "theirs, 0.5 of the layers: 1 of 2 the same, 40% (70%) of the need" in capsys.readouterr().out
 
 
 def test_the_observer_prunes_one_head_of_each_variant(model):
