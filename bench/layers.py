@@ -2,8 +2,9 @@
 
     python -m bench.layers --model smollm2 --task-profiles bench/results/profile-smollm2.json --out FILE
 
-Measures the built-in profile, unless FILE has it. For a quarter and a half of the layers: how many both choose, and what share of the need that the task's profile found
-lies in the layers chosen by the built-in one (in brackets: in the layers that it would choose itself).
+Measures the built-in profile, unless FILE has it. For a quarter and a half of the layers: how many both choose, and
+what share of the need that the task's profile found lies in the layers chosen by the built-in one (in brackets: in the
+layers that it would choose itself).
 """
 
 import argparse

@@ -267,8 +267,8 @@ def test_layers_of_two_profiles_are_compared(tmp_path, capsys):
     need = torch.tensor([[4.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.5, 0.5]])
     ours = HeadProfile(need, need)
     theirs = HeadProfile(need[[1, 3, 0, 2]], need)
-    assert layers.compared(ours, ours, 0.5) == (2, 2, 0.7, 0.7)
-    assert layers.compared(ours, theirs, 0.5) == (1, 2, 0.4, 0.7)  # by need 3 and 1 of 10
+    assert layers.compared(ours, ours, 0.5) == pytest.approx((2, 2, 0.7, 0.7))
+    assert layers.compared(ours, theirs, 0.5) == pytest.approx((1, 2, 0.4, 0.7))  # by need 3 and 1 of 10
     for name, profile in (("ours", ours), ("theirs", theirs)):
         profile.save(tmp_path / name)
     layers.main(["--task-profiles", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
