@@ -12,7 +12,7 @@ import torch
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import HeadProfile, HybridConfig, builtin_profile, demos, generate, profiles
+from hybridkv import HeadProfile, HybridConfig, builtin_profile, demos, generate, options, profiles
 from hybridkv.fingerprint import fingerprint
 from hybridkv.model import Processor, from_pretrained
 from hybridkv.planning import need, samples
@@ -210,7 +210,7 @@ def test_a_profile_that_a_checkpoint_brings_is_used_or_refused(vlm, tmp_path, mo
         (folder / file.name).symlink_to(file)
     command = ["--model", str(folder), "--prompt", "?" * 200, "--no-compile", "--max-new-tokens", "2", "--budget=0.99"]
     HeadProfile(torch.ones(2, 2), torch.ones(2, 2)).save(folder / profiles.BROUGHT)
-    monkeypatch.setattr(generate, "builtin_profile", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr(options, "builtin_profile", lambda *args, **options: pytest.fail("measured"))
     generate.main(command)
     assert "note: measuring" not in capsys.readouterr().err
     (folder / profiles.BROUGHT).write_text("{}")
