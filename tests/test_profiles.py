@@ -190,9 +190,12 @@ def test_the_command_measures_once_and_says_so(vlm, tmp_path, monkeypatch, capsy
     (tmp_path / "context.txt").write_text("The cache grew and grew. " * 20)
     given = []
     engine = generate.Engine
-    monkeypatch.setattr(
-        generate, "Engine", lambda model, config, *more: given.append(config) or engine(model, config, *more)
-    )
+
+    def kept(model, config, *more, **named):
+        given.append(config)
+        return engine(model, config, *more, **named)
+
+    monkeypatch.setattr(generate, "Engine", kept)
     command = ["--model", str(vlm), "--context", str(tmp_path / "context.txt"), "--prompt", "?", "--no-compile"]
     command += ["--json", "--max-new-tokens", "2", "--budget", "0.5"]
     for more, notes in (["--no-calibration"], 0), (["--policy", "snapkv"], 0), (["--budget=1"], 0), ([], 1), ([], 0):
