@@ -12,7 +12,7 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import BudgetError, Engine, HybridConfig, Prefill
 from hybridkv.planning.plan import Costs, Plan, check_plan
-from hybridkv.planning.policies import POLICIES, adakv, lookm, pyramidkv, quest, snapkv, sparsemm, streaming
+from hybridkv.planning.policies import POLICIES, adakv, lookm, madakv, pyramidkv, quest, snapkv, sparsemm, streaming
 from tests.lab import Bench, check, examples, head_profile, prompt, prompts, random_prefill
 
 TOKENS = 800
@@ -95,7 +95,7 @@ def test_lookm_does_not_pool_and_snapkv_does():
 
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
-@pytest.mark.parametrize("name", ["hybridkv", "snapkv", "adakv", "pyramidkv", "sparsemm"])
+@pytest.mark.parametrize("name", ["hybridkv", "snapkv", "adakv", "madakv", "pyramidkv", "sparsemm"])
 def test_neighbours_weigh_less_in_our_static_heads_and_as_much_in_policies_of_the_literature(name, weight):
     record = prefill(HybridConfig(budget=0.3, pool_weight=weight, head_profile=head_profile(4, 2)))
     for layer in record.layers:
@@ -120,6 +120,28 @@ def test_adakv_gives_a_head_that_spreads_more_than_one_that_does_not():
         layer.mean_score[0] = 1.0  # this head's tokens are all among the layer's best
     pages = adakv(record).n_read
     assert (pages[:, 0] > 3 * pages[:, 1]).all() and (pages[:, 1] >= 2).all()
+
+
+def test_madakv_gives_more_to_heads_that_look_at_pictures_and_layers_that_look_at_much_of_them():
+    record = prefill(HybridConfig(budget=0.3))
+    record.spans = [(200, 1, 20, 20)]
+    for i, layer in enumerate(record.layers):
+        layer.mean_score.fill_(0.0)
+        layer.mean_score[0, 0] = 1.0  # text: this head has no use for pictures
+        layer.mean_score[1, 200 : 200 + (400 if i == 2 else 8)] = 1 / (400 if i == 2 else 8)
+    pages = madakv(record).n_read
+    assert (pages[[0, 1, 3], 1] >= 2 * pages[[0, 1, 3], 0]).all()  # layer 2 has all that it can use
+    others = pages.sum(1)[[0, 1, 3]]
+    assert pages[2].sum() > 3 * others.max() and others.max() - others.min() <= 1
+    assert {*range(200, 208)} <= kept(record, madakv(record), 0, 1)
+
+
+def test_madakv_without_attention_shares_equally():
+    record = prefill(HybridConfig(budget=0.3))
+    for layer in record.layers:
+        layer.mean_score.zero_()
+    pages = madakv(record).n_read
+    assert pages.max() - pages.min() <= 1
 
 
 def test_sparsemm_gives_more_to_heads_that_look_at_pictures():

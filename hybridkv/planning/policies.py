@@ -15,6 +15,9 @@ from hybridkv.planning.plan import Plan, Score, budgeted_plan, full_plan, hybrid
 from hybridkv.planning.prefill import Prefill
 
 ADAKV_SAFEGUARD = 0.2  # share of a layer's budget that AdaKV spreads evenly over its heads
+MADAKV_UNIFORM = (
+    0.2  # share of the budget that MadaKV, as we read it, spreads evenly over layers, and over a layer's heads
+)
 SPARSEMM_UNIFORM = 0.2  # share of the budget that SparseMM spreads evenly over the heads
 PYRAMIDKV_BETA = 20  # PyramidKV's last layer gets 1 / beta of the mean budget
 
@@ -78,6 +81,43 @@ def adakv(prefill: Prefill) -> Plan:
     return pruned_plan(prefill, window_score, weight)
 
 
+def in_pictures(prefill: Prefill) -> Tensor:
+    """Competing tokens that are visual, (T,) bool; without pictures all that compete."""
+    visual = torch.zeros_like(prefill.prunable)
+    for start, t, h, w in prefill.spans:
+        visual[start : start + t * h * w] = True
+    return visual & prefill.prunable if prefill.spans else prefill.prunable
+
+
+def madakv(prefill: Prefill) -> Plan:
+    """MadaKV (arXiv 2506.15724): heads that prefer pictures to text get more of the visual budget; SnapKV's tokens.
+
+    Written from the paper's abstract, which is all that we had of it. It names two parts. *Modality preference
+    adaptation* is here: within a layer heads share by how much of the window's attention falls on visual tokens, the
+    rest falling on text, all of which is kept anyway. *Hierarchical compression compensation* is here: what equal
+    shares would make a layer lose of that attention is its claim on the budget, so that layers that lose little give to
+    those that lose much. The formulas are ours, and so is a share MADAKV_UNIFORM that is spread evenly. Left out are
+    its own score of tokens, and whatever it does to text.
+    """
+    layers, heads = prefill.shape
+    visual = in_pictures(prefill)
+    equal = max(1, int(prefill.config.budget * len(visual)) - int((~prefill.prunable).sum()))  # visual tokens a head
+    preference, lost = torch.empty(layers, heads), torch.empty(layers)
+    for i in range(layers):
+        looks = prefill.layers[i].mean_score[:, visual]  # (H, visual tokens)
+        preference[i] = looks.sum(1).cpu()
+        lost[i] = float((looks.sum(1) - looks.topk(min(equal, looks.shape[1])).values.sum(1)).clamp(min=0).sum())
+    return pruned_plan(prefill, window_score, mostly(lost)[:, None] * mostly(preference))
+
+
+def mostly(claim: Tensor) -> Tensor:
+    """Shares of the last dimension by claims of 0 and more, but for MADAKV_UNIFORM of it, spread evenly."""
+    even = torch.full_like(claim, 1 / claim.shape[-1])
+    total = claim.sum(-1, keepdim=True)
+    share = torch.where(total > 0, claim / total.clamp(min=torch.finfo(claim.dtype).tiny), even)
+    return (1 - MADAKV_UNIFORM) * share + MADAKV_UNIFORM * even
+
+
 def sparsemm(prefill: Prefill) -> Plan:
     """SparseMM (arXiv 2506.05344): heads that look at pictures get more, by an offline score; SnapKV's tokens.
 
@@ -107,6 +147,7 @@ POLICIES: dict[str, Callable[[Prefill], Plan]] = {
     "lookm": lookm,
     "pyramidkv": pyramidkv,
     "adakv": adakv,
+    "madakv": madakv,
     "sparsemm": sparsemm,
     "quest": quest,
 }
