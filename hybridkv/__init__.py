@@ -14,6 +14,7 @@ from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import Plan, budgeted_plan, full_plan, hybrid_plan
 from hybridkv.planning.prefill import LayerProfile, Prefill
 from hybridkv.profiles import builtin_profile
+from hybridkv.reading import Question, Reading
 from hybridkv.sampling import Sampling
 from hybridkv.version import __version__
 
@@ -29,6 +30,8 @@ __all__ = [
     "LayerProfile",
     "Plan",
     "Prefill",
+    "Question",
+    "Reading",
     "Result",
     "Sampling",
     "Stats",

@@ -3,13 +3,17 @@
     engine = Engine(model, HybridConfig(budget=0.1))
     for result in engine.generate(prompts): ...
 
+    reading = engine.read(prompt)  # its pictures and long texts, once
+    engine.ask(reading, prompt)
+
 It works with any model that has
 
     prefill(prompt, kv) -> logits (1, V), next position     and     step(token, position, kv) -> logits (B, V)
 
 where prompts have `input_ids` (T,), and perhaps `prunable` (T,) and `spans` (where pictures lie), and
 `kv[layer](q, k, v)` is a layer's attention. If the model has `n_layers`, too, and the policy needs not see a prompt to
-plan it, no more than one layer of it is ever held in full; else no more than one prompt.
+plan it, no more than one layer of it is ever held in full; else no more than one prompt. Questions about readings want
+`prefill(prompt, kv, start)`, which computes only what comes after the first `start` tokens.
 """
 
 import threading
@@ -17,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,9 +34,12 @@ from hybridkv.cache.hybrid import CacheBytes, HybridCache
 from hybridkv.cache.pack import Kept, keep
 from hybridkv.config import HybridConfig
 from hybridkv.decode import DecodeState, compiled_step, decode_step
+from hybridkv.fingerprint import fingerprint
 from hybridkv.planning.plan import Plan, check_plan, full_plan
 from hybridkv.planning.policies import POLICIES
 from hybridkv.planning.prefill import NotRead, Prefill, all_but_question
+from hybridkv.read_on import PrefillOn, read_once
+from hybridkv.reading import Question, Reading
 from hybridkv.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -123,7 +130,36 @@ class Engine:
         check_plan(plan, prefill)
         return plan
 
+    @torch.no_grad()
     def read(
+        self,
+        prompt: object,
+        past: Reading | None = None,
+        tokens: int | None = None,
+        on_layer: Callable[[], None] | None = None,
+    ) -> Reading:
+        """Reads what questions are asked about, once, into host memory. What is being generated goes on after it.
+
+        Args:
+            prompt: of which the first `tokens` are read.
+            past: a reading of fewer of these tokens, which it goes on from.
+            tokens: None for `prompt.heavy`, what comes before the question can make a difference, where a prompt has
+                that; for the whole prompt, where it has not.
+            on_layer: called after each layer, for progress.
+
+        Raises:
+            ValueError: there is nothing to read, or `past` is of something else, or of another model.
+        """
+        with self._alone():
+            return read_once(self.model, self.fingerprint, prompt, self.config, past, tokens, on_layer)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The model's and its dtype's, by which it knows readings of its own."""
+        dtypes = {str(weight.dtype).removeprefix("torch.") for weight in self.model.parameters()}
+        return "-".join([fingerprint(self.model), *sorted(dtypes)])
+
+    def take_in(
         self, prompts: Sequence, new_tokens: int, on_layer: Callable[[], None] | None = None
     ) -> tuple[Tensor, list[int]]:
         """Reads the prompts one by one, and packs each into the cache before the next is read.
@@ -160,7 +196,10 @@ class Engine:
         prefills = [self._record(prompt, partial(layer_was_read, b)) for b, prompt in enumerate(prompts)]
         logits, positions, waiting = [], [], []
         for b, (prompt, prefill) in enumerate(zip(prompts, prefills, strict=True)):
-            next_logits, position = self.model.prefill(prompt, prefill)
+            if isinstance(prompt, Question):
+                next_logits, position = self.model.prefill(prompt.prompt, prefill, prompt.reading.tokens)
+            else:
+                next_logits, position = self.model.prefill(prompt, prefill)
             logits.append(next_logits)
             positions.append(position)
             if not ahead:
@@ -194,7 +233,11 @@ class Engine:
             prunable = all_but_question(len(ids), self.config)
         if not isinstance(prunable, Tensor) or prunable.shape != ids.shape:
             raise ValueError(f"a prompt's prunable must be a mask (T,), as long as its {len(ids)} tokens")
-        return Prefill(prunable, self.config, on_layer, getattr(prompt, "spans", ()))
+        spans = getattr(prompt, "spans", ())
+        if isinstance(prompt, Question):
+            prompt.reading.check(self.fingerprint)
+            return PrefillOn(prompt.reading, prunable, self.config, on_layer, spans)
+        return Prefill(prunable, self.config, on_layer, spans)
 
     def _make_room(self, plans: list[Plan], new_tokens: int, like: Prefill) -> None:
         """Reserves a cache for these plans: the one that is there, or a new one if that can't hold them."""
@@ -232,7 +275,7 @@ class Engine:
         """Generates, yielding one list of B token ids a step; None for a sequence that has ended.
 
         Args:
-            prompts: B prompts, of any lengths.
+            prompts: B prompts, of any lengths; a `Question` is one about a reading.
             max_new_tokens: limit for all, or one for each prompt.
             sampling: default greedy.
             on_layer: called after each layer of each prompt's prefill, for progress.
@@ -254,7 +297,7 @@ class Engine:
         start, mine = time.perf_counter(), object()
         with self._alone():
             self._stream, self.stats = mine, Stats()
-            logits, positions = self.read(prompts, max(limits), on_layer)
+            logits, positions = self.take_in(prompts, max(limits), on_layer)
             self.begin(positions, max(limits), sampling, logits.device)
             token = self.state.choose(logits, self.greedy).tolist()
             self.stats.ttft_s = time.perf_counter() - start
@@ -318,6 +361,27 @@ class Engine:
         """For a cache or state of a new size."""
         if self.compile:
             self._decode_step = compiled_step(next(self.cache.buffers()).device)
+
+    def ask(
+        self,
+        reading: Reading,
+        prompts: object | Sequence,
+        max_new_tokens: int | Sequence[int] = 128,
+        sampling: Sampling | None = None,
+    ) -> Result | list[Result]:
+        """Answers a question about a reading, or a list of them at once; only what the reading lacks is read.
+
+        Each question keeps what it needs within a budget of its own, as if it were the only one.
+
+        Args:
+            prompts: a prompt that begins as the reading does, or several.
+
+        Raises:
+            ValueError: a prompt does not go on from this reading, or another model has made it.
+        """
+        if isinstance(prompts, list | tuple):
+            return self.generate([Question(prompt, reading) for prompt in prompts], max_new_tokens, sampling)
+        return self.generate([Question(prompts, reading)], max_new_tokens, sampling)[0]
 
     def generate(
         self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, sampling: Sampling | None = None

@@ -106,19 +106,23 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def embed(self, prompt: PromptLike) -> tuple[Tensor, Tensor]:
-        """Embeddings (1, T, C) and positions (3, 1, T) of one prompt, visual embeddings in their places."""
+    def embed(self, prompt: PromptLike, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Embeddings (1, T, C) and positions (3, 1, T) of one prompt, visual embeddings in their places.
+
+        Args:
+            start: the first token to embed; the T from it on are, and pictures before it need no patches.
+        """
         outside = (prompt.input_ids < 0) | (prompt.input_ids >= self.cfg.vocab_size)
         if outside.any():
             raise ValueError(
                 f"token {int(prompt.input_ids[outside][0])} is not in a vocabulary of {self.cfg.vocab_size}"
             )
-        ids = prompt.input_ids.to(self.device)
+        tokens, ids = len(prompt.input_ids), prompt.input_ids[start:].to(self.device)
         x = self.embed_tokens(ids)
         if self.visual is None:
             if prompt.grids:
                 raise ValueError("this checkpoint is text-only: it can't look at images or videos")
-            return x[None], torch.arange(len(ids), device=self.device).expand(3, 1, -1)
+            return x[None], torch.arange(start, tokens, device=self.device).expand(3, 1, -1)
         cfg, vision = self.cfg, self.cfg.vision
         positions = prompt_positions(
             prompt.input_ids.cpu(),
@@ -128,12 +132,24 @@ class Model(nn.Module):
             prompt.seconds_per_grid,
             vision.spatial_merge_size,
             vision.tokens_per_second,
-        ).to(self.device)
-        if prompt.grids:
-            seen = self.visual(prompt.patches.to(self.device), prompt.grids)
-            visual = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
+        )[:, start:].to(self.device)
+        visual = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
+        if visual.any():
+            patches, grids = self._unseen(prompt, int(visual.sum()))
+            seen = self.visual(patches.to(self.device), grids)
             x = x.masked_scatter(visual[:, None], seen.to(x.dtype))
         return x[None], positions[:, None]
+
+    def _unseen(self, prompt: PromptLike, tokens: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Patches and grids of the last pictures, which these many visual tokens stand for."""
+        patches = tokens * self.cfg.vision.spatial_merge_size**2
+        sizes = [t * h * w for t, h, w in prompt.grids]
+        n = next((n for n in range(1, len(sizes) + 1) if sum(sizes[-n:]) == patches), None)
+        if n is None:
+            raise ValueError("a prompt can be read on after a picture, not from the middle of one")
+        if prompt.patches is None or len(prompt.patches) < patches:
+            raise ValueError("a picture's size alone is not enough to look at it: give the picture, or its reading")
+        return prompt.patches[-patches:], prompt.grids[-n:]
 
     def forward(self, x: Tensor, positions: Tensor, kv: Sequence[LayerKV] | None = None) -> Tensor:
         """Hidden states of embedded tokens.
@@ -156,9 +172,14 @@ class Model(nn.Module):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight)
 
-    def prefill(self, prompt: PromptLike, kv: Sequence[LayerKV]) -> tuple[Tensor, int]:
-        """Reads one prompt. Returns the logits (1, vocab) of the token after it and that token's position."""
-        x, positions = self.embed(prompt)
+    def prefill(self, prompt: PromptLike, kv: Sequence[LayerKV], start: int = 0) -> tuple[Tensor, int]:
+        """Reads one prompt. Returns the logits (1, vocab) of the token after it and that token's position.
+
+        Args:
+            kv: one callable for each layer.
+            start: tokens that were read before; only those after them go through the layers.
+        """
+        x, positions = self.embed(prompt, start)
         hidden = self.forward(x, positions, kv)
         return self.logits(hidden[:, -1]), int(positions.max()) + 1
 

@@ -52,6 +52,7 @@ class Prompt:
         settled: tokens before the last turn, the same whatever it says; 0 if there is none.
         later: (T,) bool, what will be prunable once another turn follows.
         messages: the prompt's, pictures by their size alone.
+        subject: of these, what is up to the last picture, video or context.
     """
 
     input_ids: Tensor
@@ -65,6 +66,7 @@ class Prompt:
     settled: int = 0
     later: Tensor | None = None
     messages: list[dict] = field(default_factory=list)
+    subject: list[dict] = field(default_factory=list)
 
 
 class Processor:
@@ -235,6 +237,7 @@ class Processor:
             settled=encoded.last_turn,
             later=visual | _in_these(encoded.segment, later),
             messages=without_pixels(turns),
+            subject=without_pixels(heavy_part(turns)),
         )
 
     def _spans(self, visual: Tensor, grids: list[tuple[int, int, int]]) -> list[tuple[int, int, int, int]]:

@@ -388,7 +388,7 @@ def test_it_is_refused_before_memory_is_taken(model, monkeypatch):
     monkeypatch.setattr(engine, "check_pool", lambda numbers, device: asked.append(numbers))
     for compile in (False, True):
         ours = Engine(model, HybridConfig(budget=0.4), compile=compile)
-        ours.read([prompt(150, 0)], 8)
+        ours.take_in([prompt(150, 0)], 8)
         assert asked == ([ours.cache.keys.numel()] if compile else [])
 
     def refuse(numbers, device):
@@ -397,7 +397,7 @@ def test_it_is_refused_before_memory_is_taken(model, monkeypatch):
     monkeypatch.setattr(engine, "check_pool", refuse)
     cache = ours.cache
     with pytest.raises(ValueError, match="too large"):
-        ours.read([prompt(900, 0)], 8)
+        ours.take_in([prompt(900, 0)], 8)
     assert ours.cache is cache
 
 

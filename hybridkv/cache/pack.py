@@ -102,8 +102,8 @@ def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
     """Prunes one layer, and forgets its dense keys and values."""
     tokens, read = lane_tokens(plan, prefill, layer), prefill.layers[layer]
     lengths = torch.tensor([len(t) for t in tokens])
-    head = torch.arange(len(tokens)).repeat_interleave(lengths).to(read.k.device)
     token = torch.cat(tokens)
+    head = torch.arange(len(tokens)).repeat_interleave(lengths).to(token.device)
     prefill.layers[layer] = None
     return Kept(read.k[head, token], read.v[head, token], tokens)
 

@@ -97,7 +97,8 @@ def overlap(prefill: Prefill) -> Tensor:
     prunable, rows = prefill.prunable, window_rows(prefill.prunable, prefill.config.window)
     first, out = int(rows.min()) if len(rows) else 0, []
     for layer in prefill.layers:
-        for group, key in zip(rearrange(layer.q, "(h g) w d -> h g w d", h=len(layer.k)), layer.k, strict=True):
+        keys = layer.k  # (H, T, D)
+        for group, key in zip(rearrange(layer.q, "(h g) w d -> h g w d", h=len(keys)), keys, strict=True):
             p = window_probabilities(group, key, rows, first)  # (G, W, T)
             out.append(jaccard_overlap(p.mean(0)[:, prunable], TOP_SHARE))
     return torch.stack(out).view(prefill.shape).cpu()

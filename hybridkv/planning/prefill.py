@@ -79,12 +79,14 @@ class Window:
 
     Attributes:
         asking: (A,) the window. reading: (N,) the context's own last queries, where it is text.
+        rows: (N + A,) the latter, then the former.
         first: the first of them all.
         near: (N + A, T) bool, what is no lookup of a query of these two: its own neighbourhood, and what is no context.
     """
 
     asking: Tensor
     reading: Tensor
+    rows: Tensor
     first: int
     near: Tensor
 
@@ -93,15 +95,19 @@ class Window:
         asking, reading = window_rows(prunable, config.window), reading_rows(prunable, spans, config.window)
         rows = torch.cat((reading, asking))
         back = rows[:, None] - torch.arange(len(prunable), device=rows.device)  # (N + A, T) how far before the query
-        return cls(asking, reading, int(rows.min()) if len(rows) else 0, ~prunable | (back < config.window))
+        return cls(asking, reading, rows, int(rows.min()) if len(rows) else 0, ~prunable | (back < config.window))
 
 
 def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, window: Window) -> LayerProfile:
-    """Profiles one layer of one prompt. q (Hq, T, D); k, v (H, T, D); prunable (T,) bool on the same device."""
-    asking, rows = window.asking, torch.cat((window.reading, window.asking))
+    """Profiles one layer of one prompt.
+
+    Args:
+        q: (Hq, N + A, D), the queries of `window.rows`. k, v: (H, T, D). prunable: (T,) bool on the same device.
+    """
+    asking, rows = window.asking, window.rows
     score, mean, mass, focus = [], [], [], []
     for group, key in zip(rearrange(q, "(h g) t d -> h g t d", h=k.shape[0]), k, strict=True):
-        every = window_probabilities(group[:, rows], key, rows, window.first)
+        every = window_probabilities(group, key, rows, window.first)
         p = every[:, len(window.reading) :]  # (G, A, T)
         if not len(asking):  # no text sees the context: nothing is known, and all scores are 0
             p = every.new_zeros(len(group), 1, len(prunable))
@@ -109,7 +115,7 @@ def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, window: Win
         mean.append(p.mean((0, 1)))
         mass.append((mean[-1] * prunable).sum())
         focus.append(every.masked_fill_(window.near, 0.0).amax((1, 2)).mean() if len(rows) else mass[-1])
-    return LayerProfile(k, v, q[:, asking], *map(torch.stack, (score, mean, mass, focus)))
+    return LayerProfile(k, v, q[:, len(window.reading) :], *map(torch.stack, (score, mean, mass, focus)))
 
 
 class NotRead(RuntimeError):
@@ -188,7 +194,7 @@ class Prefill:
         if k[0, :, :0].shape != self.like.shape:
             raise ValueError(f"layer {layer} has keys {tuple(k.shape)}, those before it {tuple(self.like.shape)}")
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        self.layers.append(profile_layer(q[0], k[0], v[0], self.prunable, self.window))
+        self.layers.append(profile_layer(q[0, :, self.window.rows], k[0], v[0], self.prunable, self.window))
         if self.on_layer:
             self.on_layer()
         return out

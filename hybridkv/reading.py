@@ -1,0 +1,209 @@
+"""A reading: the heavy part of a prompt (pictures, video, a long text), read once and kept in host memory.
+
+    reading = engine.read(prompt)                     # the prompt's pictures, videos and contexts; not the question
+    engine.ask(reading, prompt)                       # a `Result`, as if they had been read together
+    engine.ask(reading, processor("And?", after=reading.messages))
+
+A question is prefilled against it, makes a plan of its own and packs its own pages (`read_on.py`), so what pruning for
+one question leaves out is there for the next.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridkv.planning.prune import Span
+
+QUERIES = 64  # of each kind of token that a reading keeps: twice the window's default
+FORMAT = "hybridkv-reading-1"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of the first T tokens of a prompt. Never written to once it is made.
+
+    Attributes:
+        input_ids: (T,) int64.
+        k, v: (H, T, D) of each layer, in host memory; keys after RoPE.
+        q: (Hq, R, D) of each layer: its last text queries, from which any policy finds out where the text looks.
+        rows: (R,) int64, whose queries those are, in order.
+        fingerprint: of the model that read it.
+        messages: what was read, as messages to go on from; empty if the prompt had none.
+    """
+
+    input_ids: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
+    q: list[Tensor]
+    rows: Tensor
+    fingerprint: str
+    messages: list[dict] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def bytes(self) -> int:
+        """Host memory that it takes."""
+        return sum(t.nbytes for t in (self.input_ids, self.rows, *self.k, *self.v, *self.q))
+
+    def check(self, fingerprint: str) -> None:
+        """Refuses to be used by a model of another fingerprint."""
+        if self.fingerprint != fingerprint:
+            raise ValueError("this reading was made by another model, or in another dtype: read the prompt again")
+
+    def queries(self, layer: int, rows: Tensor) -> Tensor:
+        """A layer's queries at these tokens, (Hq, len(rows), D), in host memory.
+
+        Raises:
+            ValueError: some are not kept.
+        """
+        rows = rows.cpu()
+        at = torch.searchsorted(self.rows, rows).clamp(max=max(0, len(self.rows) - 1))
+        if len(rows) and (not len(self.rows) or not torch.equal(self.rows[at], rows)):
+            raise ValueError(
+                "this reading does not hold all text queries that are asked for: read the prompt again, "
+                "with the window that the question will have"
+            )
+        return self.q[layer][:, at]
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        tensors = {"input_ids": self.input_ids, "rows": self.rows}
+        for layer in range(len(self.k)):
+            tensors |= {f"{name}.{layer}": getattr(self, name)[layer].contiguous() for name in "kvq"}
+        about = {"format": FORMAT, "fingerprint": self.fingerprint, "messages": json.dumps(self.messages)}
+        path = Path(path)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        try:
+            unfinished.touch()  # says better than the next line what is wrong with a path
+            save_file(tensors, unfinished, metadata=about)
+            os.replace(unfinished, path)
+        except SafetensorError as e:
+            raise OSError(f"{path} can't be written: {' '.join(str(e).split())[:200]}") from e
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, fingerprint: str) -> "Reading":
+        """Reads what `save` wrote.
+
+        Args:
+            fingerprint: of the model that it is for: `engine.fingerprint`.
+
+        Raises:
+            ValueError: it is no reading, or another model's.
+            OSError: it can't be read.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(2, "there is no such file", str(path))
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != FORMAT:
+                    raise ValueError(f"{path} is no reading of this version")
+                if about["fingerprint"] != fingerprint:
+                    raise ValueError(f"{path} was read by another model, or in another dtype: read the prompt again")
+                layers = sum(name.startswith("k.") for name in file.keys())  # noqa: SIM118, it is no dict
+                k, v, q = ([file.get_tensor(f"{name}.{i}") for i in range(layers)] for name in "kvq")
+                ids, rows, messages = (
+                    file.get_tensor("input_ids"),
+                    file.get_tensor("rows"),
+                    json.loads(about["messages"]),
+                )
+        except (SafetensorError, KeyError, json.JSONDecodeError) as e:
+            raise ValueError(f"{path} is damaged or no reading: {' '.join(str(e).split())[:200]}") from e
+        return cls(ids, k, v, q, rows, about["fingerprint"], messages)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that goes on from a reading: its first tokens are the reading's. An engine takes it like any prompt.
+
+    Raises:
+        ValueError: it does not go on from there.
+    """
+
+    prompt: object
+    reading: Reading
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reading, Reading):
+            raise TypeError(f"a question is asked about a Reading, got {type(self.reading).__name__}")
+        ids, read = self.prompt.input_ids, self.reading.input_ids
+        if len(ids) <= len(read) or not torch.equal(ids[: len(read)].cpu(), read):
+            raise ValueError(
+                "the prompt does not begin as this reading does: make it with the same pictures and texts, "
+                "or with after=reading.messages"
+            )
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self.prompt.input_ids
+
+    @property
+    def prunable(self) -> Tensor | None:
+        return getattr(self.prompt, "prunable", None)
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        return getattr(self.prompt, "spans", ())
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The first tokens of a prompt, as a model reads them."""
+
+    input_ids: Tensor
+    patches: Tensor | None
+    grids: list[tuple[int, int, int]]
+    seconds_per_grid: list[float]
+    messages: list[dict]
+
+
+def beginning(prompt: object, tokens: int) -> Beginning:
+    """The first so many tokens of a prompt, and the messages that they come from.
+
+    Raises:
+        ValueError: a picture lies behind them.
+    """
+    heavy = getattr(prompt, "heavy", 0)
+    if tokens < heavy:
+        raise ValueError(f"a reading of {tokens} tokens ends before the prompt's last picture or context, at {heavy}")
+    messages = getattr(prompt, "messages", [])
+    if tokens == heavy:
+        messages = prompt.subject
+    elif tokens <= getattr(prompt, "settled", 0):
+        messages = messages[:-1]
+    grids, seconds = (list(getattr(prompt, name, ())) for name in ("grids", "seconds_per_grid"))
+    return Beginning(prompt.input_ids[:tokens], getattr(prompt, "patches", None), grids, seconds, messages)
+
+
+def rows_to_keep(prompt: object, tokens: int, least: int) -> Tensor:
+    """Tokens, among the first so many, whose queries a question may want: the last `least` of every kind, (R,).
+
+    Which text is prunable, and which token recent, depends on what comes after; whatever that is, the queries that
+    `Window` looks at are among these.
+    """
+    everything = torch.ones(tokens, dtype=torch.bool)
+    text = everything.clone()
+    for start, t, h, w in getattr(prompt, "spans", ()):
+        text[start : start + t * h * w] = False
+    kinds = [everything, text]
+    for name in ("prunable", "later"):
+        mask = getattr(prompt, name, None)
+        if mask is not None:
+            kinds += [text & mask[:tokens].cpu(), text & ~mask[:tokens].cpu()]
+    return torch.cat([kind.nonzero()[-least:, 0] for kind in kinds]).unique()
