@@ -115,6 +115,9 @@ def random_model(cfg: Config, device: str = "cpu", dtype: torch.dtype = torch.fl
             model = Model(cfg).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
+    model.join()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the weights took before
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     return model

@@ -140,9 +140,13 @@ def _settle_head(cfg: Config, stored: dict[str, Stored], dtype: torch.dtype | No
     return cfg
 
 
-def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+def _set(model: nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    parameter = model.get_parameter(name)
+    if not parameter.is_meta:  # a part of a joined one, whose place is there
+        parameter.copy_(value)
+        return
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value.to(dtype), requires_grad=False))
 
 
 def from_pretrained(
@@ -171,6 +175,7 @@ def from_pretrained(
     cfg = _settle_head(cfg, stored, dtype)
     model = _build(cfg, stored, folder)
     dtype = dtype or stored[EMBEDDING].dtype
+    model.join(device, dtype)
     by_file = groupby(sorted(stored, key=lambda name: stored[name].file), key=lambda name: stored[name].file)
     size = sum(p.numel() * stored[name].dtype.itemsize for name, p in model.named_parameters())
     hidden = None if progress else True  # None: tqdm looks whether stderr is a terminal
@@ -180,5 +185,5 @@ def from_pretrained(
                 for target in names:
                     value = tensors.get_tensor(stored[target].key)
                     bar.update(value.nbytes)
-                    _set(model, target, value.to(dtype))
+                    _set(model, target, value, dtype)
     return model.eval()

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.model.config import Config
+from hybridkv.model.joined import Joined
 from hybridkv.model.rope import inverse_frequencies, prompt_positions, rotate, rotation
 from hybridkv.model.vision import VisionTower
 
@@ -42,12 +43,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.hidden_size, kv_dim, bias=cfg.attention_bias)
         self.v_proj = nn.Linear(cfg.hidden_size, kv_dim, bias=cfg.attention_bias)
         self.o_proj = nn.Linear(q_dim, cfg.hidden_size, bias=False)
+        self.qkv = Joined(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: LayerKV) -> Tensor:
-        q, k, v = (
-            rearrange(proj(x), "b t (h d) -> b h t d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (rearrange(y, "b t (h d) -> b h t d", d=self.head_dim) for y in self.qkv(x))
         out = kv(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
@@ -58,9 +57,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        self.gate_up = Joined(self.gate_proj, self.up_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -93,6 +94,12 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = nn.RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps)
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+
+    def join(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Makes one matmul of q, k and v, and one of gate and up, for inference; see `Joined.join`."""
+        for module in self.modules():
+            if isinstance(module, Joined):
+                module.join(device, dtype)
 
     @property
     def n_layers(self) -> int:

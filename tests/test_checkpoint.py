@@ -1,14 +1,16 @@
 """Loading: layouts, dtypes, shards, and a clear error for everything that can be wrong with a folder."""
 
+import copy
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hybridkv.model import CheckpointError, from_pretrained
+from hybridkv.model import CheckpointError, Model, from_pretrained
 from hybridkv.model.shards import INDEX, SINGLE, our_name
 from tests.fuzz_checkpoints import fuzz
 
@@ -107,16 +109,53 @@ def test_weights_arrive_one_at_a_time(folder, monkeypatch):
     """The peak is the model and its largest tensor: no more than one loaded tensor is alive beside the parameters."""
     import hybridkv.model.checkpoint as checkpoint
 
-    alive = []
+    loaded = []
     original = checkpoint._set
 
-    def counting(model, name, value):
-        alive.append(sum(p.is_meta for p in model.parameters()))
-        original(model, name, value)
+    def watching(model, name, value, dtype):
+        assert not any(ref() is not None for ref in loaded), name  # bfloat16 now, those before in float32, or joined
+        loaded.append(weakref.ref(value))
+        original(model, name, value, dtype)
 
-    monkeypatch.setattr(checkpoint, "_set", counting)
-    from_pretrained(folder, progress=False)
-    assert alive == list(range(len(alive), 0, -1))
+    retensor(folder, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    monkeypatch.setattr(checkpoint, "_set", watching)
+    model = from_pretrained(folder, dtype=torch.float32, progress=False)
+    assert len(loaded) == len(list(model.parameters()))
+
+
+def test_layers_with_one_input_share_one_tensor_under_the_checkpoints_names(vlm, folder):
+    """Nothing is held twice, whatever is done to the model afterwards, and each weight is the file's."""
+    model, stored = from_pretrained(vlm, progress=False), load_file(vlm / SINGLE)
+    for attempt in range(4):
+        attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
+        for joined, *parts in (
+            (attention.qkv, attention.q_proj, attention.k_proj, attention.v_proj),
+            (mlp.gate_up, mlp.gate_proj, mlp.up_proj),
+        ):
+            storage = joined.weight.untyped_storage()
+            assert all(part.weight.untyped_storage().data_ptr() == storage.data_ptr() for part in parts)
+            assert storage.nbytes() == sum(part.weight.nbytes for part in parts)
+            assert torch.equal(joined.weight, torch.cat([part.weight for part in parts]))
+            assert joined.bias is None or torch.equal(joined.bias, torch.cat([part.bias for part in parts]))
+        state = model.state_dict()
+        for name, value in stored.items():
+            assert torch.equal(state[name.removeprefix("model.")], value.to(model.dtype)), name
+        if attempt == 0:
+            model = model.to(torch.float64)
+        elif attempt == 1:
+            model = copy.deepcopy(model)
+            model.load_state_dict(state)
+        elif attempt == 2:
+            model.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+
+
+def test_a_joined_model_says_what_its_layers_would(vlm):
+    joined = from_pretrained(vlm, dtype=torch.float64, progress=False)
+    apart = Model(joined.cfg).double()
+    apart.load_state_dict(joined.state_dict())
+    x, positions = torch.randn(2, 7, 96, dtype=torch.float64), torch.arange(7).expand(3, 2, -1)
+    assert apart.layers[0].mlp.gate_up.weight is None
+    torch.testing.assert_close(joined(x, positions), apart(x, positions), rtol=1e-10, atol=1e-10)
 
 
 BROKEN = {

@@ -1,5 +1,7 @@
 """Layers that retrieve and layers that do not, compiled: two regions, of which one has no retrieval in it."""
 
+import re
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ NEED = torch.tensor([[0.1, 0.2], [5.0, 0.0], [0.3, 3.0], [0.0, 0.2]])
 @pytest.mark.compiles
 def test_only_layers_that_retrieve_have_retrieval_in_their_graph():
     model = random_model(tiny_config(layers=4, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
+    model.join()
     config = HybridConfig(budget=0.4, head_profile=HeadProfile(NEED, NEED), retrieving_layers=0.5)
     expected = Engine(model, config, compile=False).generate([prompt(900, 0)], 40)
     engine = Engine(model, config)
@@ -24,6 +27,8 @@ def test_only_layers_that_retrieve_have_retrieval_in_their_graph():
     code = "\n".join(code)
     assert code.count("std::vector<int> kv_indice_list(") == 2  # FlexAttention's loop, once in each region
     assert code.count("while should_loop:") == 1  # the loop over dynamic lanes
+    # q, k and v in one matmul, gate and up in another, and one behind each of attention and MLP; the logits' comes last.
+    assert len(re.findall(r"extern_kernels\.(?:mm|addmm)\(", code)) == 2 * 4 + 1
     if torch.__version__ >= "2.13":  # older compilers trace every layer
         assert layer_traces() - before == 2
     with torch.compiler.set_stance("fail_on_recompile"):
