@@ -27,7 +27,7 @@ def test_only_layers_that_retrieve_have_retrieval_in_their_graph():
     code = "\n".join(code)
     assert code.count("std::vector<int> kv_indice_list(") == 2  # FlexAttention's loop, once in each region
     assert code.count("while should_loop:") == 1  # the loop over dynamic lanes
-    # q, k and v in one matmul, gate and up in another, and one behind each of attention and MLP; the logits' comes last.
+    # q, k and v in one matmul, gate and up in another, one behind each of attention and MLP; last that of the logits
     assert len(re.findall(r"extern_kernels\.(?:mm|addmm)\(", code)) == 2 * 4 + 1
     if torch.__version__ >= "2.13":  # older compilers trace every layer
         assert layer_traces() - before == 2
