@@ -106,18 +106,28 @@ def one_line_errors(parser: Parser, out_of_memory: str) -> Iterator[None]:
         parser.exit(EXIT_INTERRUPTED, "\n")
     except BrokenPipeError:
         parser.exit(EXIT_BROKEN_PIPE)
-    except (torch.OutOfMemoryError, MemoryError):
-        parser.error(f"out of memory: {out_of_memory}")
-    except ValueError as e:  # InputError, CheckpointError, BudgetError, and what a configuration refuses
-        parser.error(str(e))
-    except OSError as e:
-        parser.error(f"{e.filename}: {e.strerror}" if e.filename else str(e))
-    except RuntimeError as e:
-        if "DefaultCPUAllocator" in str(e):
-            parser.error(f"out of memory: {out_of_memory}")
-        if isinstance(e, torch._dynamo.exc.TorchDynamoException):
-            parser.error(f"the decoding step can't be compiled: {complaint(e)}; --no-compile does without")
-        raise
+    except Exception as e:
+        message = one_line(e, out_of_memory)
+        if message is None:
+            raise
+        parser.error(message)
+
+
+def one_line(error: Exception, out_of_memory: str) -> str | None:
+    """What went wrong, in one line; None for a bug.
+
+    Args:
+        out_of_memory: what to do about that.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"out of memory: {out_of_memory}"
+    if isinstance(error, ValueError):  # InputError, CheckpointError, BudgetError, and what a configuration refuses
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return f"the decoding step can't be compiled: {complaint(error)}; --no-compile does without"
+    return None
 
 
 def flush(stream: io.TextIOBase) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import hybridkv.calibrate
+import hybridkv.chat
 import hybridkv.generate
 from bench import overview, report
 from demo.tiny_vlm import config as tiny_config
@@ -64,7 +65,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for line in blocks + spans:
         line = re.sub(r"#.*$", "", line)
-        line = re.sub(r"\bhybridkv-(generate|calibrate)", r"python -m hybridkv.\1", line)
+        line = re.sub(r"\bhybridkv-(generate|calibrate|chat)", r"python -m hybridkv.\1", line)
         for call in re.findall(r"python -m ((?:hybridkv|bench|demo)\.\w.*?)(?=;|$| python -m )", line):
             with contextlib.suppress(ValueError):  # half a quotation
                 found.append(shlex.split(call))
@@ -146,7 +147,8 @@ def test_the_tree_in_method_is_the_tree():
 
 def test_every_option_and_field_is_named():
     text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    assert options("hybridkv.generate") - {"--help"} <= set(re.findall(r"--[a-z-]+", text))
+    for module in ("hybridkv.generate", "hybridkv.chat"):
+        assert options(module) - {"--help"} <= set(re.findall(r"--[a-z-]+", text))
     source = (ROOT / "hybridkv" / "report.py").read_text(encoding="utf-8").split("def table")[0]
     assert set(re.findall(r'^ +"(\w+)":', source, re.M)) <= set(
         re.findall(r"`(\w+)`", text.split("`--json` prints")[1])
@@ -228,7 +230,7 @@ def test_version_and_changes():
     versions = re.findall(r"^## \[(.*?)\]", text, re.M)
     assert versions[0] == "Unreleased"
     assert versions[1] == __version__
-    for main in (hybridkv.generate.main, hybridkv.calibrate.main):
+    for main in (hybridkv.generate.main, hybridkv.calibrate.main, hybridkv.chat.main):
         with pytest.raises(SystemExit) as stop:
             main(["--version"])
         assert stop.value.code == 0
