@@ -35,6 +35,7 @@ from hybridkv.cache.pack import Kept, keep
 from hybridkv.config import HybridConfig
 from hybridkv.decode import DecodeState, compiled_step, decode_step
 from hybridkv.fingerprint import fingerprint
+from hybridkv.launch import Steps
 from hybridkv.planning.plan import Plan, check_plan, full_plan
 from hybridkv.planning.policies import POLICIES
 from hybridkv.planning.prefill import NotRead, Prefill, all_but_question
@@ -113,6 +114,7 @@ class Engine:
         self.greedy = True
         self.stats = Stats()
         self.compile, self.record = compile, record
+        self.ahead: bool | None = None  # whether steps are launched before the one before is read; None: on GPUs
         self._decode_step = decode_step
         self._lock = threading.Lock()  # held while something is computed, not between two tokens
         self._stream: object | None = None  # the generation that the cache belongs to
@@ -301,7 +303,11 @@ class Engine:
             self.begin(positions, max(limits), sampling, logits.device)
             token = self.state.choose(logits, self.greedy).tolist()
             self.stats.ttft_s = time.perf_counter() - start
-        times, alive = [], list(range(len(prompts)))
+        compiling = 2 if self.compile and logits.is_cuda else 1  # steps; the second one records CUDA graphs
+        ahead = (self.compile and logits.is_cuda) if self.ahead is None else self.ahead
+        together = ahead and not self.record  # a step is written down before the next one
+        steps = Steps(self.step, max(limits) - 1, logits.device, alone=compiling if together else None)
+        alive = list(range(len(prompts)))
         for n in range(1, max(limits) + 1):
             yield [token[b] if b in alive else None for b in range(len(prompts))]
             alive = [b for b in alive if token[b] not in self.eos and n < limits[b]]
@@ -310,14 +316,12 @@ class Engine:
             with self._alone():
                 if self._stream is not mine:
                     raise RuntimeError("this engine has begun another generation, which ended this one")
-                begun = time.perf_counter()
-                token = self.step().tolist()  # the one place where the host waits
-                times.append(time.perf_counter() - begun)
+                token = steps.tokens()
                 if self.record:
                     self.cache.record_step()
         with self._alone():
             if self._stream is mine:
-                self._measure(times, slow=2 if self.compile and logits.is_cuda else 1)
+                self._measure(steps.seconds, slow=compiling)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

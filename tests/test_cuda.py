@@ -22,7 +22,9 @@ def split_kernel(page_size: int) -> dict:
 @pytest.fixture(scope="module")
 def model():
     raw = tiny_config(layers=3, hidden_size=448, heads=14, kv_heads=2, head_dim=32, tie=False)
-    return random_model(raw).cuda()
+    model = random_model(raw).cuda()
+    model.join()
+    return model
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])

@@ -281,6 +281,50 @@ def test_a_stream_that_is_no_longer_the_engines_raises(model):
     assert [r.token_ids for r in engine.generate([prompt(400, 0)], 6)] == expected
 
 
+@pytest.fixture
+def ahead(model):
+    """An engine that launches the next step before it reads a token, as on GPUs, and the steps that it took."""
+    engine, taken = Engine(model, HybridConfig(budget=0.4), compile=False), []
+    engine.ahead, step = True, engine.step
+
+    def counted() -> torch.Tensor:
+        taken.append(1)
+        return step()
+
+    engine.step = counted
+    return engine, taken
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.2, top_p=0.9, seed=3)], ids=["greedy", "sampled"])
+def test_steps_that_are_launched_ahead_give_the_same_tokens(model, ahead, sampling):
+    engine, taken = ahead
+    prompts, limits = [prompt(400, 0), prompt(300, 1)], [9, 24]
+    plain = Engine(model, HybridConfig(budget=0.4), compile=False)
+    expected = plain.generate(prompts, limits, sampling)
+    found = engine.generate(prompts, limits, sampling)
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+    assert len(taken) == 23  # none too many: the last one is known beforehand
+    # Ended by a token: one step too many at most, and the next generation does not see it.
+    end = next(token for i, token in enumerate(expected[0].token_ids[3:], 3) if token not in expected[0].token_ids[:i])
+    for each in (plain, engine):
+        each.eos, each.state = (end,), None
+    del taken[:]
+    (ended,), (plainly,) = engine.generate(prompts[:1], 24, sampling), plain.generate(prompts[:1], 24, sampling)
+    assert ended.finished and ended == plainly
+    assert len(taken) == len(ended.token_ids) + 1
+    assert engine.stats.bytes == plain.stats.bytes
+    assert engine.generate(prompts, limits, sampling) == plain.generate(prompts, limits, sampling)
+
+
+def test_the_first_tokens_do_not_wait_for_steps_that_are_launched_ahead(ahead):
+    engine, taken = ahead
+    stream = engine.stream([prompt(400, 0)], 6)
+    seen = []
+    for _ in stream:
+        seen.append(len(taken))
+    assert seen == [0, 1, 3, 4, 5, 5]  # the first step compiles; then one more than was read, up to the last
+
+
 def test_two_threads_can_not_use_one_engine_at_once(model):
     """While one is in the middle of reading, the other is refused; afterwards it may."""
     engine = Engine(model, HybridConfig(budget=0.4), compile=False)
