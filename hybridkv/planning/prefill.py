@@ -180,24 +180,36 @@ class Prefill:
         return partial(self.attend, layer)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer != len(self.layers):
-            raise ValueError(
-                f"layer {layer} called after {len(self.layers)} layers: a Prefill reads one prompt, in order"
-            )
         if q.shape[0] != 1 or k.shape != v.shape or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
             raise ValueError(
                 f"prefill wants one sequence, q (1, Hq, T, D) and k, v (1, H, T, D) with H dividing Hq, "
                 f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
             )
-        if layer == 0:
-            self._start(k[0])
-        if k[0, :, :0].shape != self.like.shape:
-            raise ValueError(f"layer {layer} has keys {tuple(k.shape)}, those before it {tuple(self.like.shape)}")
+        self._expect(layer, k[0])
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        self.layers.append(profile_layer(q[0, :, self.window.rows], k[0], v[0], self.prunable, self.window))
+        self.record(layer, q[0, :, self.window.rows], k[0], v[0])
+        return out
+
+    def record(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Notes one layer whose attention was computed elsewhere.
+
+        Args:
+            q: (Hq, N + A, D), the queries of `Window.rows`. k, v: (H, T, D).
+        """
+        self._expect(layer, k)
+        self.layers.append(profile_layer(q, k, v, self.prunable, self.window))
         if self.on_layer:
             self.on_layer()
-        return out
+
+    def _expect(self, layer: int, k: Tensor) -> None:
+        if layer != len(self.layers):
+            raise ValueError(
+                f"layer {layer} called after {len(self.layers)} layers: a Prefill reads one prompt, in order"
+            )
+        if self.like is None:
+            self._start(k)
+        if k[:, :0].shape != self.like.shape:
+            raise ValueError(f"layer {layer} has keys {tuple(k.shape)}, those before it {tuple(self.like.shape)}")
 
     def _start(self, k: Tensor) -> None:
         tokens = k.shape[1]

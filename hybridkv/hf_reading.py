@@ -1,0 +1,95 @@
+"""A batch of prompts on its way through a Hugging Face model, whole or in chunks: dense attention, and a record."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hybridkv.config import HybridConfig
+from hybridkv.hf_inputs import Layout
+from hybridkv.hf_serving import scaled
+from hybridkv.planning.prefill import Prefill, Window
+
+
+class Reading:
+    """What was read so far.
+
+    Args:
+        layouts: of B sequences. tokens: T, padding included. n_layers: that will call.
+
+    Attributes:
+        prefills: the record of each sequence; a layer is in it once all its tokens were read.
+        seen: tokens that all layers have read.
+    """
+
+    def __init__(self, layouts: Sequence[Layout], tokens: int, n_layers: int, config: HybridConfig):
+        self.layouts, self.tokens, self.n_layers = layouts, tokens, n_layers
+        self.prefills = [Prefill(layout.prunable, config, spans=layout.spans) for layout in layouts]
+        self.seen, self.last = 0, 0  # tokens of all chunks; of the last one
+        self._parts: dict[int, list[tuple[Tensor, Tensor, list[Tensor]]]] = {}  # of layers that are not complete
+        self._rows: list[Tensor] | None = None
+
+    def attend(
+        self, index: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
+    ) -> tuple[Tensor, bool]:
+        """One layer's attention over a chunk, (B, T', Hq, D), and whether that completes the layer.
+
+        Args:
+            q: (B, Hq, T', D); k, v: (B, H, T', D), positions applied. mask: (B, 1, T', S) over all tokens so far.
+        """
+        complete = self._check(k, mask)
+        chunk_q, parts = scaled(q, scaling), self._parts.setdefault(index, [])
+        if parts or not complete:
+            parts.append((k, v, self._window_queries(chunk_q)))
+            k, v = (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
+        out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)
+        if complete:
+            whole = self._whole_queries(parts, chunk_q) if parts else chunk_q
+            del self._parts[index]
+            for b, (layout, prefill) in enumerate(zip(self.layouts, self.prefills, strict=True)):
+                prefill.record(index, whole[b, :, layout.pad :], k[b, :, layout.pad :], v[b, :, layout.pad :])
+        if index == self.n_layers - 1:
+            self.seen, self.last = self.seen + q.shape[2], q.shape[2]
+        return out, complete
+
+    def _check(self, k: Tensor, mask: Tensor | None) -> bool:
+        """Whether this chunk is the last one.
+
+        Raises:
+            ValueError: these are not the prompts that were announced.
+        """
+        new, batch = k.shape[2], len(self.layouts)
+        if k.shape[0] != batch:
+            raise ValueError(
+                f"the cache was made for {batch} sequences, the model reads {k.shape[0]}. Beam search is not possible; "
+                "for several answers to a prompt give num_return_sequences to the cache, too"
+            )
+        complete = self.seen + new == self.tokens
+        if self.seen + new > self.tokens or (not complete and new == 1 and self.last > 1):
+            raise ValueError(
+                f"the cache was made for prompts of {self.tokens} tokens, the model reads {self.seen + new} or more, "
+                "which must be other ones: make it, or call cache.reset, with what goes to generate"
+            )
+        if complete and mask is not None:
+            seen = mask[:, 0, -1, : self.tokens]  # (B, T)
+            pad = (~seen if seen.dtype == torch.bool else seen != 0).sum(-1).expand(batch).tolist()
+        if complete and (pad if mask is not None else [0] * batch) != [layout.pad for layout in self.layouts]:
+            raise ValueError("the model hides other tokens than the attention_mask that the cache was made with")
+        return complete
+
+    def _window_queries(self, q: Tensor) -> list[Tensor]:
+        """For each sequence, the chunk's queries (Hq, N, D) that its record will look at."""
+        if self._rows is None:
+            pairs = zip(self.prefills, self.layouts, strict=True)
+            windows = [(Window.of(p.prunable, p.config, p.spans), layout.pad) for p, layout in pairs]
+            self._rows = [(torch.cat((w.reading, w.asking)).unique() + pad).to(q.device) for w, pad in windows]
+        chunks = [rows[(rows >= self.seen) & (rows < self.seen + q.shape[2])] - self.seen for rows in self._rows]
+        return [q[b].index_select(1, rows) for b, rows in enumerate(chunks)]
+
+    def _whole_queries(self, parts: list[tuple[Tensor, Tensor, list[Tensor]]], q: Tensor) -> Tensor:
+        """Queries (B, Hq, T, D) that are 0 but for those that the records look at."""
+        whole = q.new_zeros(*q.shape[:2], self.tokens, q.shape[3])
+        for b, rows in enumerate(self._rows):
+            whole[b].index_copy_(1, rows, torch.cat([part[2][b] for part in parts], 1))
+        return whole

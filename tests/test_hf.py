@@ -1,0 +1,533 @@
+"""The cache in Hugging Face models: `model.generate(..., past_key_values=HybridKVCache(...))`."""
+
+import copy
+import threading
+from functools import cache
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from hybridkv import BudgetError, Engine, HeadProfile, HybridConfig, budgeted_plan
+from hybridkv.hf import HybridKVCache, calibrate
+from hybridkv.model import Processor, from_pretrained
+from hybridkv.planning.policies import POLICIES
+from tests.hf_world import IMAGE, MODELS, NEW, TEXT, World, built, run, sharpen, text_ids
+from tests.test_parity import picture, reference_inputs, save_vlm
+
+world = cache(built)
+each = pytest.mark.parametrize("name", MODELS)
+
+
+def made(world: World, inputs=None, **how) -> HybridKVCache:
+    return HybridKVCache(
+        world.model, world.inputs if inputs is None else inputs, **({"max_new_tokens": NEW, "budget": 0.3} | how)
+    )
+
+
+@each
+def test_everything_kept_is_the_full_cache(name, monkeypatch):
+    its, calls = world(name), []
+    attend = HybridKVCache.attend
+
+    def counting(self, index, *args):
+        calls.append(index)
+        return attend(self, index, *args)
+
+    monkeypatch.setattr(HybridKVCache, "attend", counting)
+    kv = made(its, budget=1.0)
+    tokens, logits = run(its.model, its.inputs, kv)
+    assert torch.equal(tokens, its.tokens)
+    assert (logits - its.logits).abs().max() < 1e-5
+    assert its.logits.std() > 0.8 and len(set(tokens[0].tolist())) >= 8
+    assert calls == list(range(kv.n_layers)) * NEW  # the last token is not read
+    assert kv.n_layers == 2
+    stats = kv.stats()
+    assert stats.attended_tokens == its.inputs["input_ids"].shape[1]
+    assert (stats.static_heads, stats.dynamic_heads) == (4, 0)
+
+
+@each
+def test_a_smaller_budget(name):
+    its = world(name)
+    kv = made(its)
+    _, logits = run(its.model, its.inputs, kv)
+    assert (logits[0] - its.logits[0]).abs().max() < 1e-5  # the prompt is read with dense attention
+    assert (logits[1:] - its.logits[1:]).abs().max() > 0.1
+    stats = kv.stats()
+    keys = 2 * 2 * its.inputs["input_ids"].shape[1] * 16 * 4  # layers, heads, tokens, head_dim, float32
+    assert stats.bytes.full == 2 * keys
+    assert stats.bytes.step <= 0.3 * stats.bytes.full
+    assert stats.dynamic_heads == 1 and 0 < stats.attended_tokens < 0.35 * its.inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies(policy):
+    its = world("Llama")
+    profile = HeadProfile(*torch.rand(2, 2, 2))
+    kv = made(its, policy=policy, budget=0.4, head_profile=profile if policy in ("sparsemm", "hybridkv") else None)
+    tokens, _ = run(its.model, its.inputs, kv)
+    share = kv.stats().bytes.step / kv.stats().bytes.full
+    assert torch.equal(tokens, its.tokens) if policy == "full" else share <= 0.4
+
+
+def test_a_policy_of_ones_own():
+    its = world("Llama")
+    kv = made(
+        its, policy=lambda prefill: budgeted_plan(prefill, torch.ones(prefill.shape, dtype=torch.bool)), budget=0.6
+    )
+    run(its.model, its.inputs, kv)
+    assert kv.stats().dynamic_heads == 4
+    with pytest.raises(ValueError, match="must return a Plan"):
+        run(its.model, its.inputs, made(its, policy=lambda prefill: None))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A Qwen2.5-VL of transformers, ours with the same weights, and the processor."""
+    folder = tmp_path_factory.mktemp("pair")
+    theirs = save_vlm(folder, 4, 2, False)
+    theirs.set_attn_implementation("hybridkv")
+    return theirs, from_pretrained(folder, progress=False), Processor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("what", ["picture", "clip", "batch"])
+def test_it_equals_our_engine(pair, what):
+    theirs, model, processor = pair
+    clip = [picture(112, 84, i) for i in range(4)]
+    asked = {
+        "picture": [processor("What is it?", images=[picture(500, 400)])],
+        "clip": [processor("What happens?", images=[picture(300, 300)], videos=[clip])],
+        "batch": [processor("?", images=[picture(500, 300)]), processor("And what?", images=[picture(400, 420)])],
+    }[what]
+    budget = dict(budget=0.3, strict=False)
+    engine = Engine(model, HybridConfig(**budget), compile=False)
+    results = engine.generate(asked, NEW)
+
+    longest = max(len(prompt.input_ids) for prompt in asked)
+    rows = [reference_inputs(model, prompt) for prompt in asked]
+    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+    pad = lambda t: torch.nn.functional.pad(t, (longest - t.shape[1], 0))  # noqa: E731
+    inputs = {k: torch.cat([pad(r[k]) if k in per_token else r[k] for r in rows]) for k in rows[0]}
+    kv = HybridKVCache(theirs, inputs, max_new_tokens=NEW, **budget)
+    tokens, _ = run(theirs, inputs, kv, eos_token_id=None, pad_token_id=0)
+    assert [r.token_ids for r in results] == tokens.tolist()
+    stats = kv.stats()
+    assert (stats.static_heads, stats.dynamic_heads) == (engine.stats.static_heads, engine.stats.dynamic_heads)
+    assert stats.attended_tokens == engine.stats.attended_tokens
+    assert stats.bytes == engine.stats.bytes
+    assert stats.bytes.step < 0.5 * stats.bytes.full
+
+
+def test_a_batch_padded_on_the_left():
+    """Each sequence gets what it gets alone."""
+    its, lengths = world("Llama"), (260, 300, 290)
+    ids = text_ids(300, batch=3, seed=5)
+    mask = torch.stack([torch.arange(300) >= 300 - n for n in lengths]).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    kv = made(its, batch)
+    _, logits = run(its.model, batch, kv, pad_token_id=0)
+    attended = []
+    for b, n in enumerate(lengths):
+        alone = {"input_ids": ids[b : b + 1, 300 - n :]}
+        other = made(its, alone)
+        _, expected = run(its.model, alone, other)
+        assert (logits[:, b] - expected[:, 0]).abs().max() < 1e-4
+        attended.append(other.stats().attended_tokens)
+    assert kv.stats().attended_tokens == pytest.approx(sum(attended) / 3)
+
+
+def test_sampling_streaming_and_stopping():
+    its = world("Llama")
+
+    class Streamer(hf.generation.BaseStreamer):
+        def __init__(self):
+            self.got: list[Tensor] = []
+
+        def put(self, value):
+            self.got.append(value.clone().flatten())
+
+        def end(self):
+            self.got.append(torch.tensor([-1]))
+
+    def answers(kv, **more):
+        torch.manual_seed(3)
+        how = dict(max_new_tokens=NEW, do_sample=True, temperature=1.5, num_return_sequences=3) | more
+        return its.model.generate(**its.inputs, past_key_values=kv, **how)[:, 300:]
+
+    kept = made(its, budget=1.0, num_return_sequences=3)
+    expected = answers(hf.DynamicCache(config=its.model.config))
+    assert torch.equal(answers(kept), expected) and len({tuple(row) for row in expected.tolist()}) == 3
+    kept.reset()
+    stop = hf.StoppingCriteriaList([lambda ids, scores: torch.full((3,), ids.shape[1] >= 306)])
+    assert torch.equal(answers(kept, stopping_criteria=stop), expected[:, :6])
+    streamer = Streamer()
+    kept = made(its, budget=1.0)
+    got = its.model.generate(**its.inputs, past_key_values=kept, max_new_tokens=5, do_sample=False, streamer=streamer)
+    assert torch.cat(streamer.got[1:]).tolist() == [*got[0, 300:].tolist(), -1]
+
+
+def test_sequences_that_end_early():
+    its = world("Llama")
+    ids = {"input_ids": text_ids(300, batch=2, seed=8)}
+    first, _ = run(its.model, ids, made(its, ids))
+    end = int(first[0, 3])
+    tokens, _ = run(its.model, ids, made(its, ids), eos_token_id=end, pad_token_id=0)
+    for b in range(2):
+        row = first[b].tolist()
+        upto = row.index(end) + 1 if end in row else len(row)
+        assert tokens[b, :upto].tolist() == row[:upto]
+
+
+def test_embeddings_for_ids():
+    its = world("Llama")
+    inputs = {"inputs_embeds": its.model.get_input_embeddings()(its.inputs["input_ids"])}
+    tokens, _ = run(its.model, inputs, made(its, inputs))
+    expected, _ = run(its.model, its.inputs, made(its))
+    assert torch.equal(tokens, expected)
+    vlm = world("InternVL")
+    inputs = {"inputs_embeds": vlm.model.get_input_embeddings()(vlm.inputs["input_ids"])}
+    with pytest.raises(ValueError, match="do not say where pictures are"):
+        made(vlm, inputs)
+    made(vlm, inputs, prunable=vlm.inputs["input_ids"] == IMAGE)
+
+
+@pytest.mark.parametrize("name, chunk", [("Llama", 64), ("Llama", 299), ("Llama", 23), ("Gemma 3 text", 64)])
+def test_a_prompt_in_chunks(name, chunk):
+    """A last chunk of one token is no decoding step."""
+    its = world(name)
+    ids = torch.cat((its.inputs["input_ids"], text_ids(300, seed=9)))
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    whole, expected = run(its.model, inputs, made(its, inputs), pad_token_id=0)
+    kv = made(its, inputs)
+    tokens, logits = run(its.model, inputs, kv, prefill_chunk_size=chunk, pad_token_id=0)
+    assert torch.equal(tokens, whole)
+    assert (logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["InternVL", "Qwen2.5-VL"])
+def test_pictures_in_chunks(name):
+    """transformers reads them in chunks where it knows how, and says so where it does not."""
+    its = world(name)
+    try:
+        tokens, _ = run(its.model, its.inputs, made(its), prefill_chunk_size=64)
+    except ValueError as refusal:
+        assert "prefill" in str(refusal).lower()
+    else:
+        assert torch.equal(tokens, run(its.model, its.inputs, made(its))[0])
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "Qwen2.5-VL"])
+def test_another_prompt_in_the_same_memory(name):
+    its = world(name)
+    kv = made(its)
+    first, _ = run(its.model, its.inputs, kv)
+    store = kv._store
+    with pytest.raises(RuntimeError, match=r"cache\.reset"):
+        run(its.model, its.inputs, kv)
+    kv.reset()
+    assert torch.equal(run(its.model, its.inputs, kv)[0], first)
+    other = its.inputs | {"input_ids": its.inputs["input_ids"].clone()}
+    other["input_ids"][0, -3:] = torch.tensor([7, 8, 9])
+    kv.reset(other)
+    tokens, _ = run(its.model, other, kv)
+    assert kv._store is store
+    assert torch.equal(tokens, run(its.model, other, made(its, other))[0])
+
+
+def test_a_larger_batch_after_a_small_one():
+    its = world("Gemma 3 text")
+    kv = made(its)
+    run(its.model, its.inputs, kv)
+    both = {"input_ids": text_ids(420, batch=2, seed=4)}
+    kv.reset(both, max_new_tokens=8)
+    tokens, _ = run(its.model, both, kv, new=8)
+    assert torch.equal(tokens, run(its.model, both, made(its, both), new=8)[0])
+
+
+def test_after_a_failure_the_cache_can_be_used():
+    its = world("Llama")
+    short = {"input_ids": text_ids(60)}
+    kv = made(its, short, budget=0.05)
+    with pytest.raises(BudgetError):
+        run(its.model, short, kv)
+    with pytest.raises(BudgetError):
+        run(its.model, short, kv)
+    kv.reset(its.inputs, max_new_tokens=4)
+    assert run(its.model, its.inputs, made(its, strict=False, budget=0.05), new=4)[0].shape == (1, 4)
+
+
+def test_caches_and_threads_do_not_meet():
+    its, seeds = world("Llama"), range(4)
+    prompts = [{"input_ids": text_ids(200 + 20 * seed, seed=seed)} for seed in seeds]
+    expected = [run(its.model, prompt, made(its, prompt, budget=0.3, strict=False))[0] for prompt in prompts]
+    answers: dict[int, Tensor] = {}
+
+    def work(n):
+        with torch.no_grad():
+            answers[n] = run(its.model, prompts[n], made(its, prompts[n], budget=0.3, strict=False))[0]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(answers[n], expected[n]) for n in seeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    its = world("Llama")
+    model = copy.deepcopy(its.model).to(dtype)
+    _, expected = run(model, its.inputs, hf.DynamicCache(config=model.config), new=2)
+    kv = HybridKVCache(model, its.inputs, budget=1.0, max_new_tokens=2)
+    _, logits = run(model, its.inputs, kv, new=2)
+    assert kv._store.keys.dtype == dtype
+    assert (logits - expected).abs().max() < 32 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_what_may_be_pruned():
+    its = world("Llama")
+    kv = made(its, prunable=torch.arange(300) < 200, budget=0.5)
+    assert int(kv._layouts[0].prunable.sum()) == 200
+    run(its.model, its.inputs, kv)
+    assert kv.stats().attended_tokens > 100
+    assert int(made(its)._layouts[0].prunable.sum()) == 300 - HybridConfig().window
+
+
+def test_head_profiles():
+    its = world("Qwen3")
+    samples = [{"input_ids": text_ids(150, seed=n)} for n in range(2)]
+    profile = calibrate(its.model, samples, max_new_tokens=4, budget=0.3)
+    assert profile.need.shape == profile.visual.shape == (2, 2) and profile.prompts == 2
+    assert profile.need.max() > 0 and (profile.visual > 0).all() and (profile.visual < 1).all()
+    kv = made(its, head_profile=profile)
+    run(its.model, its.inputs, kv)
+    dynamic = kv._plans[0].dynamic
+    assert int(dynamic.sum()) == 1 and bool(dynamic.view(-1)[profile.need.argmax()])
+    assert not kv._reading and kv._ahead  # planned before the prompt was read
+
+
+def test_calibrate_measures_as_ours(pair):
+    from hybridkv.calibrate import calibrate as ours
+
+    theirs, model, processor = pair
+    prompt = processor("What is it?", images=[picture(300, 200)])
+    expected = ours(model, [prompt], HybridConfig(budget=0.3, strict=False), (), 5)
+    eos, theirs.generation_config.eos_token_id = theirs.generation_config.eos_token_id, None
+    profile = calibrate(theirs, [reference_inputs(model, prompt)], max_new_tokens=5)
+    theirs.generation_config.eos_token_id = eos
+    assert torch.allclose(profile.need, expected.need, atol=1e-4)
+    assert torch.allclose(profile.visual, expected.visual, atol=1e-5)
+
+
+def test_calibrate_with_sliding_layers():
+    its = world("Gemma 3 text")
+    profile = calibrate(its.model, [its.inputs["input_ids"]], max_new_tokens=3)
+    assert profile.need.shape == (2, 2)
+    with pytest.raises(ValueError, match="sample 0 must be one prompt"):
+        calibrate(its.model, [text_ids(40, batch=2)])
+    with pytest.raises(ValueError, match="prunes nothing"):
+        calibrate(its.model, [text_ids(40)], budget=1.0)
+
+
+# What is refused
+
+
+def test_attention_left_as_it_was():
+    its = world("Llama")
+    model = copy.deepcopy(its.model)
+    kv = HybridKVCache(model, its.inputs, max_new_tokens=NEW)
+    for other in ("sdpa", "eager"):
+        model.set_attn_implementation(other)
+        with pytest.raises(RuntimeError, match="set_attn_implementation"):
+            HybridKVCache(model, its.inputs, max_new_tokens=NEW)
+        with pytest.raises(TypeError, match="set_attn_implementation"):
+            run(model, its.inputs, kv)
+
+
+def test_stock_caches_work_as_before():
+    its = world("Llama")
+    tokens, logits = run(its.model, its.inputs, hf.DynamicCache(config=its.model.config))
+    assert torch.equal(tokens, its.tokens) and torch.equal(logits, its.logits)
+    static = hf.StaticCache(config=its.model.config, max_cache_len=330)
+    assert torch.equal(run(its.model, its.inputs, static)[0], its.tokens)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(num_beams=2), "Beam search"),
+        (dict(num_return_sequences=2, do_sample=True), "num_return_sequences"),
+        (dict(prompt_lookup_num_tokens=3), "assisted decoding"),
+        (dict(max_new_tokens=NEW + 2), f"room for {NEW} new tokens"),
+    ],
+)
+def test_ways_to_generate(how, message):
+    its = world("Llama")
+    with pytest.raises((NotImplementedError, ValueError, RuntimeError), match=message):
+        its.model.generate(**its.inputs, past_key_values=made(its), **({"max_new_tokens": NEW} | how))
+
+
+def test_beams_as_return_sequences_and_an_assistant():
+    its = world("Llama")
+    with pytest.raises(NotImplementedError, match="beam search"):
+        kv = made(its, num_return_sequences=2)
+        its.model.generate(**its.inputs, past_key_values=kv, max_new_tokens=NEW, num_beams=2)
+    with pytest.raises(NotImplementedError, match="assisted decoding"):
+        its.model.generate(**its.inputs, past_key_values=made(its), max_new_tokens=NEW, assistant_model=its.model)
+
+
+def test_a_prompt_that_the_cache_was_not_made_for():
+    its = world("Llama")
+    for tokens in (310, 200):
+        with pytest.raises(ValueError, match="was made for prompts of 300 tokens"):
+            run(its.model, {"input_ids": text_ids(tokens)}, made(its))
+    mask = torch.ones(1, 300, dtype=torch.long)
+    mask[0, :5] = 0
+    with pytest.raises(ValueError, match="hides other tokens"):
+        run(its.model, its.inputs | {"attention_mask": mask}, made(its), pad_token_id=0)
+    with pytest.raises(ValueError, match="hides other tokens"):
+        run(its.model, its.inputs, made(its, its.inputs | {"attention_mask": mask}), pad_token_id=0)
+    with pytest.raises(ValueError, match="for 1 sequences, the model reads 2"):
+        run(its.model, {"input_ids": text_ids(300, batch=2)}, made(its))
+
+
+def test_several_tokens_after_the_prompt():
+    its = world("Llama")
+    kv = made(its)
+    run(its.model, its.inputs, kv, new=3)
+    with pytest.raises(RuntimeError, match="one token at a time, not 4"):
+        its.model(input_ids=text_ids(4), past_key_values=kv)
+    its.model(input_ids=text_ids(1), past_key_values=kv)  # which generating on would do
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ("a text", "not str"),
+        ({}, "must hold input_ids"),
+        ({"input_ids": [[1, 2]]}, "must hold input_ids"),
+        ({"input_ids": text_ids(0)}, "a token at least"),
+        ({"input_ids": text_ids(4), "attention_mask": torch.tensor([[1, 1, 1, 0]])}, "padded on the left"),
+        ({"input_ids": text_ids(4), "attention_mask": torch.tensor([[1, 0, 1, 1]])}, "padded on the left"),
+        ({"input_ids": text_ids(4), "attention_mask": torch.ones(1, 5)}, "attention_mask must be"),
+        ({"input_ids": text_ids(4), "pixel_values": torch.ones(1)}, "no token of theirs"),
+    ],
+)
+def test_inputs(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        made(world("Llama"), inputs)
+
+
+def test_settings():
+    its = world("Llama")
+    with pytest.raises(TypeError, match="bugdet"):
+        made(its, bugdet=0.1)
+    for how, message in (
+        (dict(budget=2.0), "budget"),
+        (dict(policy="dense"), "policy must be one of"),
+        (dict(max_new_tokens=0), "max_new_tokens"),
+        (dict(num_return_sequences=0), "num_return_sequences"),
+        (dict(prunable=torch.ones(300)), "bool tensor"),
+        (dict(prunable=torch.ones(299, dtype=torch.bool)), "prunable must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made(its, **how)
+    with pytest.raises(ValueError, match="must be a model of transformers"):
+        HybridKVCache(torch.nn.Linear(2, 2), its.inputs, max_new_tokens=4)
+    with pytest.raises(RuntimeError, match="empty"):
+        made(its).stats()
+
+
+def test_copies_and_training():
+    its = world("Llama")
+    kv = made(its)
+    run(its.model, its.inputs, kv)
+    with pytest.raises(TypeError, match="can't be copied"):
+        copy.deepcopy(kv)
+    with pytest.raises(TypeError, match="can't be copied"):
+        copy.copy(kv)
+    model = copy.deepcopy(its.model)
+    kv = HybridKVCache(model, its.inputs, max_new_tokens=NEW)
+    model.train()
+    with pytest.raises(RuntimeError, match="eval"):
+        HybridKVCache(model, its.inputs, max_new_tokens=NEW)
+    with pytest.raises(RuntimeError, match="eval"):
+        model(**its.inputs, past_key_values=kv)
+    model.eval()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="no_grad"):
+        model(**its.inputs, past_key_values=kv)
+
+
+SINKS = dict(num_local_experts=2, num_experts_per_tok=1, head_dim=16, layer_types=["full_attention"] * 2)
+MLA = dict(
+    kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4, n_group=1,
+    topk_group=1, num_experts_per_tok=1, first_k_dense_replace=2, num_key_value_heads=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, more, message",
+    [
+        ("Gemma2", dict(head_dim=16), "soft-capped"),
+        ("GptOss", SINKS, "sinks"),
+        ("Mistral", dict(sliding_window=64), "all layers of this model are sliding"),
+        ("DeepseekV3", MLA, "this model's own code touches the keys"),
+    ],
+)
+def test_models_that_can_not_be_served(kind, more, message):
+    model = sharpen(getattr(hf, f"{kind}ForCausalLM")(getattr(hf, f"{kind}Config")(**(TEXT | more))))
+    model.set_attn_implementation("hybridkv")
+    inputs = {"input_ids": text_ids(80)}
+    with pytest.raises((NotImplementedError, TypeError), match=message):
+        run(model, inputs, HybridKVCache(model, inputs, max_new_tokens=4), new=4)
+
+
+def test_encoder_decoders_and_other_layers():
+    its = world("Llama")
+    model = copy.deepcopy(its.model)
+    model.config.is_encoder_decoder = True
+    with pytest.raises(NotImplementedError, match="encoder"):
+        HybridKVCache(model, its.inputs, max_new_tokens=4)
+    model.config.is_encoder_decoder = False
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(NotImplementedError, match="linear_attention"):
+        HybridKVCache(model, its.inputs, max_new_tokens=4)
+    model.config.layer_types = None
+    model.lm_head.to("meta")
+    with pytest.raises(NotImplementedError, match="spread over cpu, meta"):
+        HybridKVCache(model, its.inputs, max_new_tokens=4)
+
+
+def test_keys_and_heads_that_differ():
+    its = world("Llama")
+    kv = made(its)
+    with pytest.raises(NotImplementedError, match="keys and values of one shape"):
+        kv.update(torch.ones(1, 2, 300, 16), torch.ones(1, 2, 300, 8), 0)
+    q, k = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
+    module = its.model.model.layers[0].self_attn
+    kv.attend(0, module, q, k, k, None, None)
+    with pytest.raises(ValueError, match="layer 1 has keys"):
+        kv.attend(1, module, q, q, q, None, None)
+
+
+def test_a_model_that_touches_the_keys(monkeypatch):
+    its = world("Llama")
+    update = HybridKVCache.update
+
+    def touching(self, k, v, *args, **kwargs):
+        k, v = update(self, k, v, *args, **kwargs)
+        return k * 2, v
+
+    def looking(self, k, v, *args, **kwargs):
+        k, v = update(self, k, v, *args, **kwargs)
+        return torch.cat((k, k)), v
+
+    for wrong in (touching, looking):
+        monkeypatch.setattr(HybridKVCache, "update", wrong)
+        with pytest.raises(TypeError):
+            run(its.model, its.inputs, made(its))
