@@ -26,7 +26,7 @@ from hybridkv.engine import Engine, Stats
 from hybridkv.hf_calibrate import calibrate
 from hybridkv.hf_inputs import layouts
 from hybridkv.hf_reading import Reading
-from hybridkv.hf_serving import RoutedCache, check_model, scaled
+from hybridkv.hf_serving import RoutedCache, check_model, layer_kinds, scaled
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import Plan
 from hybridkv.planning.policies import POLICIES
@@ -260,6 +260,8 @@ def compile(model: PreTrainedModel) -> None:
     """
     on_gpu = model.device.type == "cuda"
     how = {"mode": "reduce-overhead"} if on_gpu else {"mode": None, "options": CPU_OPTIONS}
-    config = CompileConfig(fullgraph=True, dynamic=False, **how)
+    # Sliding layers of transformers count their tokens in Python: only as a dynamic number does that not recompile.
+    sliding = "sliding_attention" in layer_kinds(model.config)[0]
+    config = CompileConfig(fullgraph=True, dynamic=None if sliding else False, **how)
     config._compile_all_devices = True
     model.generation_config.compile_config = config
