@@ -24,7 +24,7 @@ from hybridkv.config import HybridConfig
 from hybridkv.decode import CPU_OPTIONS
 from hybridkv.engine import Engine, Stats
 from hybridkv.hf_calibrate import calibrate
-from hybridkv.hf_inputs import layouts
+from hybridkv.hf_inputs import has_pictures, layouts
 from hybridkv.hf_reading import Reading
 from hybridkv.hf_serving import RoutedCache, check_model, layer_kinds, scaled
 from hybridkv.planning.head_profile import HeadProfile
@@ -133,7 +133,8 @@ class HybridKVCache(RoutedCache):
         self._inputs, self.max_new_tokens = (inputs, prunable), max_new_tokens
 
     def _begin(self) -> None:
-        self._reading = Reading(self._layouts, self._tokens, self.n_layers, self._planner.config)
+        pictures = has_pictures(self._inputs[0])
+        self._reading = Reading(self._layouts, self._tokens, self.n_layers, pictures, self._planner.config)
         self._plans: list[Plan] = []
         self._ahead = self._loaded = False
         self._steps = 0

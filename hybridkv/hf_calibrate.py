@@ -4,6 +4,7 @@ profile = hybridkv.hf.calibrate(model, samples)
 cache = HybridKVCache(model, inputs, head_profile=profile, max_new_tokens=256)
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hybridkv.calibrate import NEW_TOKENS, Observer
+from hybridkv.calibrate import NEW_TOKENS
 from hybridkv.calibrate import calibrate as measure
 from hybridkv.config import HybridConfig
 from hybridkv.hf_inputs import Layout, layouts
 from hybridkv.hf_serving import RoutedCache, check_model, scaled
 from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.planning.need import Observer
 from hybridkv.planning.prefill import Prefill
 
 
@@ -38,13 +40,15 @@ class Sample:
 
 
 class WatchedCache(RoutedCache):
-    """Records a prompt in a `Prefill`, then answers from an `Observer`."""
+    """Records a prompt in a `Prefill`, or answers it from an `Observer`.
 
-    def __init__(self, config, prefill: Prefill):
+    Args:
+        seen: tokens that were read already.
+    """
+
+    def __init__(self, config, watcher: Prefill | Observer, seen: int = 0):
         super().__init__(config, static=False, room=0)
-        self.prefill: Prefill | None = prefill
-        self.observer: Observer | None = None
-        self.seen = 0
+        self.config, self.watcher, self.seen = config, watcher, seen
 
     def length(self) -> int:
         return self.seen
@@ -64,33 +68,36 @@ class WatchedCache(RoutedCache):
     ) -> Tensor:
         if index == self.n_layers - 1:
             self.seen += q.shape[2]
-        if self.observer is not None:
-            return self.observer.attend(index, scaled(q, scaling), k, v).transpose(1, 2)
-        self.prefill.record(index, scaled(q, scaling)[0], k[0], v[0])
+        if isinstance(self.watcher, Observer):
+            return self.watcher.attend(index, scaled(q, scaling), k, v).transpose(1, 2)
+        self.watcher.record(index, scaled(q, scaling)[0], k[0], v[0])
         return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling)[0]
 
-    def ask(self, observer: Observer) -> None:
-        """From now on there are as many sequences as the observer has variants."""
-        self.prefill, self.observer = None, observer
-        for layer in self.layers:
+    def answering(self, observer: Observer) -> "WatchedCache":
+        """The prompt, read by all the observer's variants."""
+        other = WatchedCache(self.config, observer, self.seen)
+        for n, layer in enumerate(self.layers):
             if layer.is_sliding:
-                layer.batch_repeat_interleave(observer.variants)
+                other.layers[n] = copy.deepcopy(layer)
+                other.layers[n].batch_repeat_interleave(observer.variants)
+        return other
 
 
-class Watched:
-    """A model of transformers with the two methods that `hybridkv.calibrate` calls."""
+class Watched(nn.Module):
+    """A model of transformers with the two methods that measuring calls. It knows positions by itself."""
 
     def __init__(self, model: PreTrainedModel):
+        super().__init__()
         self.model = model
 
     def prefill(self, sample: Sample, prefill: Prefill) -> tuple[Tensor, int]:
-        self.cache = WatchedCache(self.model.config, prefill)
+        self.prompt = self.cache = WatchedCache(self.model.config, prefill)
         out = self.model(**sample.inputs, past_key_values=self.cache, use_cache=True)
         return out.logits[:, -1], self.cache.seen
 
     def step(self, token: Tensor, position: Tensor, observer: Observer) -> Tensor:
-        if self.cache.observer is None:
-            self.cache.ask(observer)
+        if self.cache.watcher is not observer:
+            self.cache = self.prompt.answering(observer)
         return self.model(input_ids=token[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 

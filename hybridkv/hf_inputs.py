@@ -63,7 +63,7 @@ def layouts(
     if prunable is None:
         if ids is None and known_ids(model_config):
             raise ValueError("inputs_embeds do not say where pictures are: give prunable, a mask (B, T) of what may go")
-        if not visual.any() and any(name.startswith("pixel_values") for name in inputs):
+        if not visual.any() and has_pictures(inputs):
             raise ValueError(
                 "the inputs have pictures, but no token of theirs was found by the model's config (image_token_id): "
                 "give prunable, a mask (B, T) of the tokens that may be pruned"
@@ -98,6 +98,11 @@ def layouts(
         if next(rows, None) is not None:
             raise ValueError(f"{kind}_grid_thw has more {kind}s than the prompts have {kind} tokens for")
     return out
+
+
+def has_pictures(inputs: Mapping | Tensor) -> bool:
+    """Whether the inputs hold pixels."""
+    return not isinstance(inputs, Tensor) and any(name.startswith("pixel_values") for name in inputs)
 
 
 def real_tokens(mask: Tensor | None, batch: int, tokens: int) -> Tensor:

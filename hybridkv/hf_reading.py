@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -11,20 +12,23 @@ from hybridkv.hf_inputs import Layout
 from hybridkv.hf_serving import scaled
 from hybridkv.planning.prefill import Prefill, Window
 
+IN_CHUNKS = (5, 23)  # before, transformers gives every chunk all pictures, or none
+
 
 class Reading:
     """What was read so far.
 
     Args:
         layouts: of B sequences. tokens: T, padding included. n_layers: that will call.
+        pictures: whether the prompts come with pixels.
 
     Attributes:
         prefills: the record of each sequence; a layer is in it once all its tokens were read.
         seen: tokens that all layers have read.
     """
 
-    def __init__(self, layouts: Sequence[Layout], tokens: int, n_layers: int, config: HybridConfig):
-        self.layouts, self.tokens, self.n_layers = layouts, tokens, n_layers
+    def __init__(self, layouts: Sequence[Layout], tokens: int, n_layers: int, pictures: bool, config: HybridConfig):
+        self.layouts, self.tokens, self.n_layers, self.pictures = layouts, tokens, n_layers, pictures
         self.prefills = [Prefill(layout.prunable, config, spans=layout.spans) for layout in layouts]
         self.seen, self.last = 0, 0  # tokens of all chunks; of the last one
         self._parts: dict[int, list[tuple[Tensor, Tensor, list[Tensor]]]] = {}  # of layers that are not complete
@@ -66,6 +70,11 @@ class Reading:
                 "for several answers to a prompt give num_return_sequences to the cache, too"
             )
         complete = self.seen + new == self.tokens
+        if not complete and self.pictures and transformers_version() < IN_CHUNKS:
+            raise NotImplementedError(
+                f"transformers {transformers.__version__} can't read pictures in chunks: leave prefill_chunk_size out, "
+                f"or use transformers {IN_CHUNKS[0]}.{IN_CHUNKS[1]}"
+            )
         if self.seen + new > self.tokens or (not complete and new == 1 and self.last > 1):
             raise ValueError(
                 f"the cache was made for prompts of {self.tokens} tokens, the model reads {self.seen + new} or more, "
@@ -93,3 +102,8 @@ class Reading:
         for b, rows in enumerate(self._rows):
             whole[b].index_copy_(1, rows, torch.cat([part[2][b] for part in parts], 1))
         return whole
+
+
+def transformers_version() -> tuple[int, ...]:
+    """Its major and minor number."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -214,7 +214,7 @@ def test_pictures_in_chunks(name):
     its = world(name)
     try:
         tokens, _ = run(its.model, its.inputs, made(its), prefill_chunk_size=64)
-    except ValueError as refusal:
+    except (ValueError, NotImplementedError) as refusal:
         assert "prefill" in str(refusal).lower()
     else:
         assert torch.equal(tokens, run(its.model, its.inputs, made(its))[0])
