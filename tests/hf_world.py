@@ -216,3 +216,24 @@ def built(name: str) -> World:
     tokens, logits = run(model, inputs, hf.DynamicCache(config=model.config))
     model.set_attn_implementation("hybridkv")
     return World(model, inputs, tokens, logits)
+
+
+def main() -> None:
+    """Prints the table of docs/huggingface.md: `python -m tests.hf_world`."""
+    from hybridkv.hf import HybridKVCache
+
+    print(f"transformers {hf.__version__}, torch {torch.__version__}")
+    print("| model | largest difference of a logit | layers ours |\n|---|---|---|")
+    for name in MODELS:
+        its = built(name)
+        kv = HybridKVCache(its.model, its.inputs, budget=1.0, max_new_tokens=NEW)
+        tokens, logits = run(its.model, its.inputs, kv)
+        difference = (logits - its.logits).abs().max()
+        answer = "" if torch.equal(tokens, its.tokens) else " (another answer)"
+        print(f"| {name} | {difference:.1e}{answer} | {kv.n_layers} of {len(kv.layers)} |")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        main()
