@@ -7,7 +7,7 @@
     model.generate(**inputs, past_key_values=cache, max_new_tokens=256)
 
 Importing this module registers the name `hybridkv` with transformers, and does nothing else. What the model calls is in
-`hf_serving.py`, how the prompt is read in `hf_reading.py`, what may be pruned of it in `hf_inputs.py`.
+`hf_serving.py`, how the prompt is read in `hf_prefill.py`, what may be pruned of it in `hf_inputs.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from hybridkv.decode import CPU_OPTIONS
 from hybridkv.engine import Engine, Stats
 from hybridkv.hf_calibrate import calibrate
 from hybridkv.hf_inputs import has_pictures, layouts
-from hybridkv.hf_reading import Reading
+from hybridkv.hf_prefill import BatchPrefill
 from hybridkv.hf_serving import RoutedCache, check_model, layer_kinds, scaled
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import Plan
@@ -134,7 +134,7 @@ class HybridKVCache(RoutedCache):
 
     def _begin(self) -> None:
         pictures = has_pictures(self._inputs[0])
-        self._reading = Reading(self._layouts, self._tokens, self.n_layers, pictures, self._planner.config)
+        self._prefill = BatchPrefill(self._layouts, self._tokens, self.n_layers, pictures, self._planner.config)
         self._plans: list[Plan] = []
         self._ahead = self._loaded = False
         self._steps = 0
@@ -153,11 +153,11 @@ class HybridKVCache(RoutedCache):
         self._begin()  # whatever a call that failed has left
 
     def length(self) -> int | Tensor:
-        return self._length if self._loaded else self._reading.seen
+        return self._length if self._loaded else self._prefill.seen
 
     def mask_sizes(self, query_length: int, index: int) -> tuple[int, int]:
         if not self._loaded:
-            return self._reading.seen + query_length, 0
+            return self._prefill.seen + query_length, 0
         if index == 0 and not torch.compiler.is_compiling():  # once a step, before it is computed
             self._count(query_length)
         return query_length, 0
@@ -200,10 +200,10 @@ class HybridKVCache(RoutedCache):
         self, index: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
     ) -> Tensor:
         """One layer of the prompt. It is planned as early as the policy allows, see `Engine.read`."""
-        out, complete = self._reading.attend(index, module, q, k, v, mask, scaling)
+        out, complete = self._prefill.attend(index, module, q, k, v, mask, scaling)
         if not complete:
             return out
-        prefills = self._reading.prefills
+        prefills = self._prefill.prefills
         if index == 0:
             outlines = [prefill.outline(self.n_layers, prefills[0].like) for prefill in prefills]
             try:
@@ -218,7 +218,7 @@ class HybridKVCache(RoutedCache):
                 self._make_room([self._planner.plan(prefill) for prefill in prefills], prefills[0])
                 for layer in range(self.n_layers):
                     self._pack(layer)
-            self._loaded, self._reading = True, None
+            self._loaded, self._prefill = True, None
         return out
 
     def _make_room(self, plans: list[Plan], like: Prefill) -> None:
@@ -239,7 +239,7 @@ class HybridKVCache(RoutedCache):
         self._length.fill_(self._tokens)
 
     def _pack(self, layer: int) -> None:
-        for b, (plan, prefill) in enumerate(zip(self._plans, self._reading.prefills, strict=True)):
+        for b, (plan, prefill) in enumerate(zip(self._plans, self._prefill.prefills, strict=True)):
             self._store.pack(b, layer, keep(plan, prefill, layer))
 
 

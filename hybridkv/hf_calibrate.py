@@ -20,7 +20,7 @@ from hybridkv.hf_inputs import Layout, layouts
 from hybridkv.hf_serving import RoutedCache, check_model, scaled
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.need import Observer
-from hybridkv.planning.prefill import Prefill
+from hybridkv.planning.prefill import Prefill, Window
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class WatchedCache(RoutedCache):
             self.seen += q.shape[2]
         if isinstance(self.watcher, Observer):
             return self.watcher.attend(index, scaled(q, scaling), k, v).transpose(1, 2)
-        self.watcher.record(index, scaled(q, scaling)[0], k[0], v[0])
+        rows = Window.of(self.watcher.prunable, self.watcher.config, self.watcher.spans).rows.to(q.device)
+        self.watcher.record(index, scaled(q, scaling)[0, :, rows], k[0], v[0])
         return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling)[0]
 
     def answering(self, observer: Observer) -> "WatchedCache":

@@ -308,7 +308,7 @@ def test_head_profiles():
     run(its.model, its.inputs, kv)
     dynamic = kv._plans[0].dynamic
     assert int(dynamic.sum()) == 1 and bool(dynamic.view(-1)[profile.need.argmax()])
-    assert not kv._reading and kv._ahead  # planned before the prompt was read
+    assert not kv._prefill and kv._ahead  # planned before the prompt was read
 
 
 def test_calibrate_measures_as_ours(pair):

@@ -15,7 +15,7 @@ from hybridkv.planning.prefill import Prefill, Window
 IN_CHUNKS = (5, 23)  # before, transformers gives every chunk all pictures, or none
 
 
-class Reading:
+class BatchPrefill:
     """What was read so far.
 
     Args:
@@ -32,7 +32,7 @@ class Reading:
         self.prefills = [Prefill(layout.prunable, config, spans=layout.spans) for layout in layouts]
         self.seen, self.last = 0, 0  # tokens of all chunks; of the last one
         self._parts: dict[int, list[tuple[Tensor, Tensor, list[Tensor]]]] = {}  # of layers that are not complete
-        self._rows: list[Tensor] | None = None
+        self._rows: list[Tensor] | None = None  # of the windows
 
     def attend(
         self, index: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
@@ -42,17 +42,16 @@ class Reading:
         Args:
             q: (B, Hq, T', D); k, v: (B, H, T', D), positions applied. mask: (B, 1, T', S) over all tokens so far.
         """
-        complete = self._check(k, mask)
-        chunk_q, parts = scaled(q, scaling), self._parts.setdefault(index, [])
-        if parts or not complete:
-            parts.append((k, v, self._window_queries(chunk_q)))
+        complete, parts = self._check(k, mask), self._parts.setdefault(index, [])
+        parts.append((k, v, self._window_queries(scaled(q, scaling))))
+        if len(parts) > 1:
             k, v = (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
         out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)
         if complete:
-            whole = self._whole_queries(parts, chunk_q) if parts else chunk_q
-            del self._parts[index]
             for b, (layout, prefill) in enumerate(zip(self.layouts, self.prefills, strict=True)):
-                prefill.record(index, whole[b, :, layout.pad :], k[b, :, layout.pad :], v[b, :, layout.pad :])
+                asking = torch.cat([part[2][b] for part in parts], 1)[:, self._order[b]]
+                prefill.record(index, asking, k[b, :, layout.pad :], v[b, :, layout.pad :])
+            del self._parts[index]
         if index == self.n_layers - 1:
             self.seen, self.last = self.seen + q.shape[2], q.shape[2]
         return out, complete
@@ -88,20 +87,13 @@ class Reading:
         return complete
 
     def _window_queries(self, q: Tensor) -> list[Tensor]:
-        """For each sequence, the chunk's queries (Hq, N, D) that its record will look at."""
+        """For each sequence, the chunk's queries (Hq, N, D) that its record will look at, in the prompt's order."""
         if self._rows is None:
-            pairs = zip(self.prefills, self.layouts, strict=True)
-            windows = [(Window.of(p.prunable, p.config, p.spans), layout.pad) for p, layout in pairs]
-            self._rows = [(torch.cat((w.reading, w.asking)).unique() + pad).to(q.device) for w, pad in windows]
+            windows = [Window.of(p.prunable, p.config, p.spans).rows.to(q.device) for p in self.prefills]
+            self._rows = [rows.sort().values + layout.pad for rows, layout in zip(windows, self.layouts, strict=True)]
+            self._order = [rows.argsort().argsort() for rows in windows]  # back to the window's
         chunks = [rows[(rows >= self.seen) & (rows < self.seen + q.shape[2])] - self.seen for rows in self._rows]
         return [q[b].index_select(1, rows) for b, rows in enumerate(chunks)]
-
-    def _whole_queries(self, parts: list[tuple[Tensor, Tensor, list[Tensor]]], q: Tensor) -> Tensor:
-        """Queries (B, Hq, T, D) that are 0 but for those that the records look at."""
-        whole = q.new_zeros(*q.shape[:2], self.tokens, q.shape[3])
-        for b, rows in enumerate(self._rows):
-            whole[b].index_copy_(1, rows, torch.cat([part[2][b] for part in parts], 1))
-        return whole
 
 
 def transformers_version() -> tuple[int, ...]:
