@@ -1,4 +1,4 @@
-"""The picture in the README, from the rows in bench/results: right answers at equal bytes, and milliseconds a step.
+"""The picture in docs/quality.md, from the rows there: right answers at equal bytes, and milliseconds a step.
 
 python -m bench.overview docs/overview.png
 """
