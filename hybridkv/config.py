@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
+import torch
+
 from hybridkv.planning.head_profile import HeadProfile
 
 SKETCH_FLOOR = 32  # a quarter of head_dim is too coarse for heads of 64 (SmolLM2) and 32 (the bundled model)
@@ -22,8 +24,9 @@ class HybridConfig:
     """How a prompt's cache is compressed.
 
     Attributes:
-        budget: bytes that one decoding step needs of the prompt's cache, as a share of the full cache's bytes:
-            kept tokens, retrieved chunks, key sketches, tables and page rounding, all charged. 1.0 keeps everything.
+        budget: bytes of the prompt's cache as a share of the full cache's bytes: kept tokens, retrieved chunks, key
+            sketches, tables and all rounding charged. With the store on the host it bounds what the device holds, with
+            the store on the device what one decoding step reads. 1.0 keeps everything.
         strict: what happens if the budget can't hold what must be kept, as with short prompts: True raises
             `BudgetError`, False keeps what must be kept and no more.
         page_size: tokens in a page, which is also the chunk that dynamic heads retrieve. A power of two, 16 or more.
@@ -55,6 +58,11 @@ class HybridConfig:
         pool_side: visual tokens along both sides of a picture's neighbourhood, max-pooled; odd.
         sinks: first tokens of the prompt that every head keeps.
         recent: last tokens of the prompt that every head keeps.
+        store: where the chunks of dynamic heads are: on the `device`, or on the `host`, from where a step fetches those
+            that it reads and that are not on the device yet. None: on the host for a GPU, on the device for a CPU.
+        stickiness: with the store on the host, a chunk that is on the device leaves it only for one whose share of the
+            attention is larger by this factor, 1 or more. Fewer chunks are fetched, and slightly worse ones are read.
+        keep_new: newest generated tokens that static heads keep, at least; None for all. (Dynamic heads keep all.)
     """
 
     budget: float = 0.1
@@ -77,6 +85,9 @@ class HybridConfig:
     pool_side: int = 3
     sinks: int = 4
     recent: int = 16
+    store: str | None = None
+    stickiness: float = 2.0
+    keep_new: int | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, message: str) -> None:
@@ -116,7 +127,16 @@ class HybridConfig:
             width = getattr(self, name)
             check(width > 0 and width % 2 == 1, f"{name} must be odd and positive, got {width}")
         check(0 < self.pool_weight <= 1, f"pool_weight must lie in (0, 1], got {self.pool_weight}")
+        known = (None, "device", "host")
+        check(self.store in known, f"store must be device, host or None, got {self.store!r}")
+        check(1 <= self.stickiness < 1e6, f"stickiness must be 1 or more, got {self.stickiness}")
+        kept = 1 if self.keep_new is None else self.keep_new
+        check(type(kept) is int and 0 < kept < 1 << 31, f"keep_new must be a positive number of tokens, got {kept!r}")
         check(self.sinks >= 0 and self.recent >= 0, "sinks and recent can't be negative")
+
+    def on_host(self, device: torch.device) -> bool:
+        """Whether the chunks of dynamic heads are in host memory, for a cache on this device."""
+        return device.type != "cpu" if self.store is None else self.store == "host"
 
     def rank(self, head_dim: int) -> int:
         """Dimensions of the key sketch for keys of `head_dim`."""

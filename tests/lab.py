@@ -98,6 +98,9 @@ configs = st.builds(
     score=st.sampled_from(["max", "mean"]),
     pool=st.sampled_from([1, 5, 15]),
     pool_weight=st.sampled_from([0.2, 0.5, 1.0]),
+    store=st.sampled_from(["device", "host"]),
+    stickiness=st.sampled_from([1.0, 2.0]),
+    keep_new=st.sampled_from([None, None, 1, 20]),
 )
 shapes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 6, 7]), st.sampled_from([8, 16, 32]))  # H, G, D
 
@@ -146,14 +149,62 @@ def at(cache: HybridCache, layer: int) -> tuple[Tensor, Tensor | None]:
     return each.layer, each.nth if each.retrieves else None
 
 
-def chunks_of(cache: HybridCache, layer: int, lane: int) -> list[int]:
-    """Store pages of a lane, read off the tables; none of a static one."""
+def row_of(cache: HybridCache, layer: int, lane: int) -> tuple[int, int] | None:
+    """Where the tables of dynamic lanes have a lane; None for a static one."""
     row = int(cache.row[layer, lane]) - 1
     if row < 0:
-        return []
+        return None
     nth = cache.retrieving.tolist().index(layer)
     assert int(cache.lane[nth, row]) == lane
-    return cache.chunks[nth, row, : cache.n_chunks[nth, row]].tolist()
+    return nth, row
+
+
+def chunks_of(cache: HybridCache, layer: int, lane: int) -> list[int]:
+    """Store pages of a lane, counted behind the pool's if they are in host memory; none of a static one."""
+    at = row_of(cache, layer, lane)
+    if at is None:
+        return []
+    first = int(cache.first[at]) + cache.capacity.host * cache.capacity.n_pages
+    return list(range(first, first + int(cache.n_chunks[at])))
+
+
+def tail_of(cache: HybridCache, layer: int, lane: int) -> int:
+    """The page that a lane's new tokens fill, in the store if it is a dynamic lane's."""
+    if cache.capacity.host and cache.row[layer, lane]:
+        return chunks_of(cache, layer, lane)[-1] + 1
+    return int(cache.tail[layer, lane])
+
+
+def frames_of(cache: HybridCache, layer: int, lane: int) -> list[int]:
+    """A dynamic lane's frames, with the store on the host."""
+    at = row_of(cache, layer, lane)
+    if at is None or not cache.capacity.host:
+        return []
+    start = int(cache.start[layer, lane])
+    return list(range(start, start + int(cache.n_retrieve[at])))
+
+
+def fixed_of(cache: HybridCache, layer: int, lane: int) -> list[int]:
+    """Full pages that a lane always reads."""
+    pages, n = cache._run(cache[layer].layer)
+    return pages[lane, len(frames_of(cache, layer, lane)) : n[lane]].tolist()
+
+
+def pages_read(cache: HybridCache, layer: int, q: Tensor) -> list[set[int]]:
+    """What each lane has just read for q (L, G, D): its fixed pages, its tail, and the pages of the store."""
+    pages, n = None, None
+    if not cache.capacity.host:
+        pages, n = cache._to_read(*at(cache, layer), q)
+    read = []
+    for lane in range(len(q)):
+        if cache.capacity.host:
+            shift = chunks_of(cache, layer, lane)[0] if cache.row[layer, lane] else 0
+            held = [shift + int(cache.store.held[frame]) for frame in frames_of(cache, layer, lane)]
+            assert len(set(held)) == len(held)  # no chunk twice
+            read.append({*held, *fixed_of(cache, layer, lane), tail_of(cache, layer, lane)})
+        else:
+            read.append({*pages[lane, : n[lane]].tolist(), int(cache.tail[layer, lane])})
+    return read
 
 
 @dataclass
@@ -185,8 +236,7 @@ class Bench:
     def _prompt_slots(self, layer: int, lane: int, order: Tensor) -> dict[int, int]:
         """token -> slot of a lane's prompt, read off the tables."""
         c = self.cache
-        pages = chunks_of(c, layer, lane)
-        pages += [*c.fixed[layer, lane, : c.n_fixed[layer, lane]].tolist(), int(c.tail[layer, lane])]
+        pages = [*chunks_of(c, layer, lane), *fixed_of(c, layer, lane), tail_of(c, layer, lane)]
         slots = [page * c.page_size + i for page in pages for i in range(c.page_size)]
         slots = slots[: len(slots) - c.page_size + int(c.fill[layer, lane])]
         assert len(slots) == len(order)
@@ -202,20 +252,18 @@ class Bench:
         for layer in range(self.layers):
             q, k, v = self.random(self.heads * group), self.random(self.heads), self.random(self.heads)
             lanes = q.view(-1, group, self.dim)
-            pages, n_pages = c._to_read(*at(c, layer), lanes)
-            tail, fill = c.tail[layer].clone(), c.fill[layer].clone()
+            tail, fill = [tail_of(c, layer, lane) for lane in range(len(lanes))], c.fill[layer].clone()
             out = (attend or (lambda layer, *qkv: c[layer](*qkv)))(layer, q, k, v).view_as(lanes)
-            exact, tolerances = [], []
+            exact, tolerances, read = [], [], pages_read(c, layer, lanes)
             for lane in range(len(lanes)):
                 self.k[layer][lane] = torch.cat((self.k[layer][lane], k.view(-1, self.dim)[lane : lane + 1]))
                 self.v[layer][lane] = torch.cat((self.v[layer][lane], v.view(-1, self.dim)[lane : lane + 1]))
-                slot = int(tail[lane]) * c.page_size + int(fill[lane])
+                slot = tail[lane] * c.page_size + int(fill[lane])
                 new = len(self.k[layer][lane]) - 1
-                self.slot_of[layer][lane] = {t: s for t, s in self.slot_of[layer][lane].items() if s != slot} | {
-                    new: slot
-                }
-                read = {*pages[lane, : n_pages[lane]].tolist(), int(tail[lane])}
-                seen = [t for t, s in self.slot_of[layer][lane].items() if s // c.page_size in read]
+                over = range(slot, (tail[lane] + 1) * c.page_size)  # what a ring's oldest page held behind it is gone
+                kept = {t: s for t, s in self.slot_of[layer][lane].items() if s not in over}
+                self.slot_of[layer][lane] = kept | {new: slot}
+                seen = [t for t, s in self.slot_of[layer][lane].items() if s // c.page_size in read[lane]]
                 K, V = self.k[layer][lane][seen], self.v[layer][lane][seen]
                 exact.append(attention(lanes[lane], K, V))
                 tolerances.append(tolerance(lanes[lane], K, V))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.capacity import bucket
 from hybridkv.cache.sketch import encode, from_words
+from hybridkv.cache.hybrid import LANE_TABLES, ROW_TABLES
 from tests.lab import (
     Bench,
     at,
@@ -16,11 +17,15 @@ from tests.lab import (
     chunks_of,
     configs,
     examples,
+    fixed_of,
+    frames_of,
     kinds,
+    pages_read,
     plan_or_none,
     prompts,
     random_prefill,
     shapes,
+    tail_of,
 )
 
 
@@ -85,8 +90,8 @@ def test_error_is_bounded_by_the_mass_left_out(mask, config, shape, seed):
         query = q.view(-1, group, dim)[lane]
         full = attention(query, k, v)
         slots = bench.slot_of[0][lane]
-        pages, n = bench.cache._to_read(*at(bench.cache, 0), q.view(-1, group, dim))
-        read = {*pages[lane, : n[lane]].tolist(), slots[len(k) - 1] // config.page_size}
+        bench.cache._to_read(*at(bench.cache, 0), q.view(-1, group, dim))
+        read = pages_read(bench.cache, 0, q.view(-1, group, dim))[lane]
         seen = [t for t, s in slots.items() if s // config.page_size in read]
         weights = torch.softmax(query.double() @ k.double().T * dim**-0.5, -1)
         left_out = 1 - weights[:, seen].sum(-1)
@@ -112,15 +117,15 @@ def test_no_slot_has_two_owners(masks, config, shape, steps, seed):
     cache.load(prefills, plans, steps)
     active = torch.ones(len(masks), dtype=torch.bool)
     for step in range(steps + 1):
-        pages = cache.tail.flatten().tolist()
+        pages, retrieved = [], []
         for layer in range(2):
             for lane in range(len(masks) * heads):
-                pages += chunks_of(cache, layer, lane)
-                pages += cache.fixed[layer, lane, : cache.n_fixed[layer, lane]].tolist()
-        assert len(set(pages)) == len(pages)
-        assert 0 not in pages and max(pages) < cache.capacity.n_pages
-        retrieved = {p for p in cache.chunks.flatten().tolist() if p}
-        assert all(p < cache.capacity.n_store for p in retrieved)
+                pages += [tail_of(cache, layer, lane), *fixed_of(cache, layer, lane), *frames_of(cache, layer, lane)]
+                retrieved += chunks_of(cache, layer, lane)
+        assert len({*pages, *retrieved}) == len(pages) + len(retrieved)
+        host, store = cache.capacity.n_pages * cache.capacity.host, cache.capacity.n_store
+        assert all(host < p < host + store for p in retrieved)
+        assert 0 not in pages and max(cache.tail.max(), *pages) < cache.capacity.n_pages + host + store
         assert (cache.fill < config.page_size).all()
         if step < steps:
             cache.advance(active)
@@ -141,7 +146,7 @@ def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, s
     bench = Bench([prefill], [plan], 1, seed)
     cost = bench.cache.count_bytes()
     if config.budget < 1 and not plan.no_room:
-        assert cost.step <= config.budget * cost.full
+        assert cost.step <= cost.budget <= config.budget * cost.full
     assert cost.resident <= cost.allocated
     for layer in range(layers):
         for lane in range(heads):
@@ -154,7 +159,7 @@ def test_budget_is_never_exceeded_and_floors_hold(mask, config, shape, layers, s
     # Always-kept tokens are never left to retrieval.
     for layer, lane in plan.dynamic.nonzero().tolist():
         chunks = set(chunks_of(bench.cache, layer, lane))
-        chunks.add(int(bench.cache.tail[layer, lane]))
+        chunks.add(tail_of(bench.cache, layer, lane))
         assert all(bench.slot_of[layer][lane][t] // config.page_size not in chunks for t in always)
 
 
@@ -205,22 +210,27 @@ def test_every_byte_is_accounted_for(masks, config, shape, steps):
     assert cache.count_bytes().step == listed_bytes(cache)
     for _ in range(steps):
         cache.advance(torch.ones(len(masks), dtype=torch.bool))
-    cost, capacity, (store, rest) = cache.count_bytes(), cache.capacity, cache.next_page.tolist()
-    spare = (capacity.n_pages - rest) * cache.costs.page
-    spare += (capacity.n_store - store) * (cache.costs.page + cache.costs.summary)
-    assert cost.allocated == sum(t.nbytes for t in cache.buffers()) == cost.resident + cost.new + spare
+    cost, costs = cache.count_bytes(), cache.costs
+    host = {"store.keys", "store.values"}
+    held = sum(t.nbytes for name, t in cache.named_buffers() if name not in host)
+    assert cost.allocated == held == cache.capacity.device_bytes(costs, cache.row.shape[1])
+    assert cost.host == sum(t.nbytes for name, t in cache.named_buffers() if name in host)
+    mine, full = Capacity.of(plans, None), cache.capacity
+    room = (full.n_pages - mine.n_pages) * (costs.page + full.host * costs.entry)
+    room += (full.n_store - mine.n_store) * costs.summary
+    assert cost.allocated == cost.resident + room and cost.new <= room
     assert cost.full == sum(2 * len(m) * 2 * heads * dim * 4 for m in masks)
 
 
 def listed_bytes(cache: HybridCache) -> int:
     """What the next step reads, counted from its tables and the tensors they point into."""
-    pages = int((cache.n_fixed + (cache.fill > 0)).sum() + cache.n_retrieve.sum())  # a tail page is read whole
+    host = cache.capacity.host
+    pages = int((cache.n_full + (cache.fill > 0)).sum() + cache.n_retrieve.sum() * (not host))  # a tail is read whole
     read = pages * (cache.keys.nbytes + cache.values.nbytes) // cache.capacity.n_pages
     dynamic = int((cache.row > 0).sum())
-    entries = int(cache.n_fixed.sum() + cache.n_chunks.sum()) + cache.tail.numel()
-    entries += 4 * cache.tail.numel()  # how many pages are fixed, tail page, its fill, row
-    entries += 3 * dynamic  # how many chunks there are and are retrieved, lane
-    read += entries * cache.fixed.itemsize
+    entries = len(LANE_TABLES) * cache.tail.numel() + len(ROW_TABLES) * dynamic
+    entries += int(cache.n_retrieve.sum()) * host  # what the frames hold
+    read += entries * cache.tail.itemsize
     per_chunk = ("sketch", "low", "high")
     for name, tensor in cache.summary.named_buffers():
         if name in per_chunk:
@@ -254,17 +264,23 @@ def test_generated_pages_become_retrievable_for_dynamic_lanes_and_fixed_for_stat
     assert dynamic.any() and not dynamic.all()
     for layer, lane in dynamic.nonzero().tolist():
         assert len(chunks_of(bench.cache, layer, lane)) == plan.lane_chunks + 2
-    assert (bench.cache.n_fixed == (plan.n_fixed + ~dynamic * 2)).all()
+    assert (bench.cache.n_full == (plan.n_fixed + ~dynamic * 2)).all()
     cost = bench.cache.count_bytes()
     assert cost.new == 3 * 4 * bench.cache.costs.page + int(dynamic.sum()) * 3 * bench.cache.costs.summary
 
 
 @examples(40)
-@given(mask=prompts(), shape=shapes, retrieval=st.sampled_from(["sketch", "bound", "exact"]), steps=st.integers(0, 40))
-def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, steps):
+@given(
+    mask=prompts(),
+    shape=shapes,
+    retrieval=st.sampled_from(["sketch", "bound", "exact"]),
+    store=st.sampled_from(["device", "host"]),
+    steps=st.integers(0, 40),
+)
+def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, store, steps):
     """For prompt and generated tokens, in full chunks and in the tail, after any number of appended tokens."""
     heads, group, dim = shape
-    config = HybridConfig(budget=0.5, dynamic_share=1.0, retrieval=retrieval)
+    config = HybridConfig(budget=0.5, dynamic_share=1.0, retrieval=retrieval, store=store)
     prefill = random_prefill(config, 2, (heads, group, len(mask), dim), mask, 0, torch.float32)
     plan = plan_or_none(prefill)
     assume(plan is not None and plan.dynamic.any())
@@ -273,7 +289,7 @@ def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, 
         bench.step(group)
     cache, size = bench.cache, config.page_size
     for layer, lane in plan.dynamic.nonzero().tolist():
-        row, tail, fill = (int(t[layer, lane]) for t in (cache.row, cache.tail, cache.fill))
+        row, fill, tail = int(cache.row[layer, lane]), int(cache.fill[layer, lane]), tail_of(cache, layer, lane)
         row += cache.retrieving.tolist().index(layer) * cache.capacity.rows - 1
         token_at = {slot: token for token, slot in bench.slot_of[layer][lane].items()}
         full = [(page, size) for page in chunks_of(cache, layer, lane)]
@@ -281,6 +297,7 @@ def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, 
             if not count:
                 continue
             k = bench.k[layer][lane][[token_at[page * size + i] for i in range(count)]]  # (count, D)
+            page -= cache.capacity.host * cache.capacity.n_pages
             if retrieval == "bound":
                 assert torch.equal(cache.summary.low[page], k.amin(0))
                 assert torch.equal(cache.summary.high[page], k.amax(0))

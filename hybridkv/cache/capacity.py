@@ -1,61 +1,99 @@
-"""Where things lie: the sizes of the page pool and of the tables.
+"""Where things lie: the sizes of the page pool, of the store and of the tables, and what they take in bytes.
 
-The pool is one key and one value tensor of `n_pages * page_size` slots for all layers, lanes and sequences. Page 0, the
-*null page*, belongs to no lane: unused entries of tables point to it. Pages below `n_store` are the *store*: chunks of
-dynamic lanes, each with a summary of its keys under the same number. The others hold what is read at every step.
+The pool is one key and one value tensor of `n_pages * page_size` slots for all layers, lanes and sequences. Each lane
+owns one run of pages in it: what a step always reads, then its tail page and those that follow it. Page 0, the *null
+page*, belongs to no lane. The *store* holds the chunks of dynamic lanes, each lane's one after the other, and each
+with a summary of its keys under the same number; it, too, has a null page. On the device the store is the first part
+of the pool. On the host it is tensors of its own, and a dynamic lane's run begins with its *frames*: as many pages as
+it retrieves chunks.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from hybridkv.planning.plan import Plan
+if TYPE_CHECKING:
+    from hybridkv.planning.plan import Costs, Plan
+
+SCALARS = 7  # int32 numbers of a lane: start, n_full, tail, fill, ring, end, row
+ROW_SCALARS = 5  # and of a dynamic lane: first, n_chunks, n_retrieve, lane, fetched
+INDEX = 8  # bytes of a layer's number
 
 
-def bucket(n: int) -> int:
-    """Rounds up to one of eight sizes an octave, so that prompts of similar length share one compiled step."""
-    unit = max(1, 1 << max(0, n.bit_length() - 4))
+def bucket(n: int, bits: int = 3) -> int:
+    """Rounds up to one of `1 << bits` sizes an octave, so that prompts of similar length share one compiled step."""
+    unit = max(1, 1 << max(0, n.bit_length() - 1 - bits))
     return -(-n // unit) * unit
+
+
+FINE = 4  # bits of the sizes that a prompt's pages are rounded to
+
+
+def round_down(n: int) -> int:
+    """The largest number of pages up to n that is no rounded size but itself, see `prompt_room`."""
+    unit = max(1, 1 << max(0, n.bit_length() - 1 - FINE))
+    return n // unit * unit
 
 
 @dataclass(frozen=True)
 class Capacity:
     """Sizes of a cache's tensors; what `torch.compile` specialises on."""
 
-    n_pages: int  # pages in the pool, null page and store included
+    n_pages: int  # pages in the pool, null page included, and the store if that is on the device
     n_store: int  # pages in the store, null page included
-    fixed: int  # columns of the table of fixed pages
-    chunks: int  # columns of the table of chunks
+    host: bool  # whether the store is in host memory
+    full: int  # most pages that a lane reads whole at every step; frames are among them
+    chunks: int  # most chunks of a lane
     retrieve: int  # most chunks that any lane retrieves
     rows: int  # most lanes of any layer that may be dynamic
     retrieving: tuple[bool, ...]  # for each layer, whether its graph retrieves
 
     @classmethod
-    def of(cls, plans: list[Plan], new_tokens: int) -> "Capacity":
-        """What these prompts and `new_tokens` more for each need, rounded up to a bucket."""
-        store, other, fixed, chunks = 1, 0, 0, 0
-        room = torch.stack([plan.retrieving for plan in plans]).sum(0)  # (layers,) lanes that may be dynamic
-        for plan in plans:
-            tails = tail_pages(plan.fill, plan.page_size, new_tokens)
-            store += int((plan.n_chunks + plan.dynamic * tails).sum())
-            other += int((plan.n_fixed + ~plan.dynamic * tails).sum())
-            fixed = max(fixed, int((plan.n_fixed + tails).max()))
-            chunks = max(chunks, int((plan.dynamic * (plan.n_chunks + tails)).max()))
+    def of(cls, plans: "list[Plan]", new_tokens: int | None) -> "Capacity":
+        """What these prompts and `new_tokens` more for each need, rounded up; None: what the prompts themselves fill.
+
+        Prompts are rounded one by one: what a plan was charged for rounding is what it takes in any batch.
+        """
+        host = plans[0].host
+        filled = [[int(part.sum()) for part in plan.lane_pages(None)] for plan in plans]
+        wanted = [[int(part.sum()) for part in plan.lane_pages(new_tokens)] for plan in plans]
+        store, rest = (
+            sum(bucket(of_plan[part] + null, FINE) for of_plan in filled)
+            + bucket(sum(all_of[part] - of_plan[part] for all_of, of_plan in zip(wanted, filled, strict=True)))
+            for part, null in ((0, 1), (1, host))
+        )
+        full = max(int(plan.lane_full(new_tokens).max()) for plan in plans)
+        chunks = max(int(plan.lane_pages(new_tokens)[0].max()) for plan in plans)
         retrieve = max(int(plan.n_retrieve.max()) for plan in plans)
+        room = torch.stack([plan.retrieving for plan in plans]).sum(0)  # (layers,) lanes that may be dynamic
         if room.any():  # the graph retrieves, even if no lane of these prompts does
             chunks, retrieve = max(chunks, 1), max(retrieve, 1)
-        store, other, chunks, retrieve = (bucket(n) for n in (store, other, chunks, retrieve))
+        full, chunks, retrieve = bucket(full), bucket(chunks), bucket(retrieve)
         rows, retrieving = int(room.max()), tuple((room > 0).tolist())
-        return cls(store + other, store, bucket(fixed), max(chunks, retrieve), retrieve, rows, retrieving)
+        pages = rest if host else store + rest
+        return cls(pages, store, host, full, max(chunks, retrieve), retrieve, rows, retrieving)
 
     def covers(self, other: "Capacity") -> bool:
         """Whether a cache of this capacity can hold what needs `other`."""
-        regions = self.n_store >= other.n_store and self.n_pages - self.n_store >= other.n_pages - other.n_store
-        tables = all(getattr(self, name) >= getattr(other, name) for name in ("fixed", "chunks", "retrieve", "rows"))
-        return regions and tables and all(a or not b for a, b in zip(self.retrieving, other.retrieving, strict=True))
+        names = ("n_store", "pool", "full", "chunks", "retrieve", "rows")
+        sizes = all(getattr(self, name) >= getattr(other, name) for name in names)
+        layers = all(a or not b for a, b in zip(self.retrieving, other.retrieving, strict=True))
+        return sizes and layers and self.host == other.host
 
+    @property
+    def pool(self) -> int:
+        """Pages of the pool that are not the store's."""
+        return self.n_pages - (0 if self.host else self.n_store)
 
-def tail_pages(fill: Tensor | int, page_size: int, new_tokens: int) -> Tensor | int:
-    """Tail pages that a lane takes in all: the one it starts with, and one for each that its new tokens close."""
-    return (fill + new_tokens) // page_size + 1
+    def device_bytes(self, costs: "Costs", lanes: int) -> int:
+        """Bytes of a cache's tensors on the device, all tables included; lanes: over all sequences, of one layer."""
+        layers, retrieving = len(self.retrieving), sum(self.retrieving)
+        pages = self.n_pages * (costs.page + self.host * costs.entry) + self.n_store * costs.summary
+        rows = retrieving * self.rows * (ROW_SCALARS * costs.entry + costs.basis)
+        numbers = (2 * layers + retrieving) * INDEX
+        return pages + rows + layers * lanes * SCALARS * costs.entry + numbers
+
+    def host_bytes(self, costs: "Costs") -> int:
+        """Bytes of its store in host memory."""
+        return self.host * self.n_store * costs.page

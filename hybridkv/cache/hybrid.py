@@ -21,10 +21,11 @@ from hybridkv.cache.attention import attend_pages
 from hybridkv.cache.bounds import KeyBounds
 from hybridkv.cache.capacity import Capacity
 from hybridkv.cache.exact import ExactKeys
-from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, lane_slots, place
+from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, layer_slots, place
 from hybridkv.cache.recording import Recording
-from hybridkv.cache.retrieve import best_chunks
+from hybridkv.cache.retrieve import best_chunks, chunk_pages
 from hybridkv.cache.sketch import KeySketch
+from hybridkv.cache.store import DeviceStore, HostStore
 from hybridkv.planning.plan import Costs, Plan, full_bytes
 from hybridkv.planning.prefill import Prefill
 
@@ -35,32 +36,35 @@ class CacheBytes:
 
     Attributes:
         full: a plain full cache of the prompts.
-        resident: held on the device: pages taken for the prompts, their chunk summaries, and every other tensor whole.
-        step: read by one decoding step; what the budget bounds.
+        resident: held on the device by a cache that is made for these prompts, every tensor of it, spare pages included,
+            room for new tokens apart. With the store on the host it is what the budget bounds.
+        host: held in host memory: the store, room for new tokens included.
+        step: read by one decoding step; with the store on the device it is what the budget bounds.
         new: pages and summaries taken for generated tokens, on top of `resident`.
-        allocated: all tensors, spare pages included.
+        allocated: all tensors on the device, room for new tokens included. A cache that is kept from a larger prompt
+            holds more than one that is made for these.
     """
 
     full: int
     resident: int
+    host: int
     step: int
     new: int
     allocated: int
 
+    @property
+    def budget(self) -> int:
+        """What the budget bounds."""
+        return self.resident if self.host else self.step
 
-IN_ROWS = ("n_chunks", "n_retrieve")  # what a plan says of dynamic lanes only
+
+LANE_TABLES = ("start", "n_full", "tail", "fill", "ring", "end", "row")  # as many as capacity.SCALARS
+ROW_TABLES = ("first", "n_chunks", "n_retrieve", "lane", "fetched")  # as many as capacity.ROW_SCALARS
 
 
 def of(layer: Tensor, table: Tensor) -> Tensor:
     """A layer's part of a table, as a tensor of its own."""
     return table.index_select(0, layer.view(1))[0]
-
-
-def write_behind(table: Tensor, count: Tensor, value: Tensor) -> None:
-    """Writes value (N, L) behind the first `count` (N, L) entries of each line of a table (N, L, columns), in place."""
-    columns = table.shape[2]
-    start = torch.arange(count.numel(), device=table.device) * columns
-    table.view(-1).index_copy_(0, start + count.flatten().clamp(max=columns - 1), value.flatten().int())
 
 
 class CacheLayer(nn.Module):
@@ -88,8 +92,9 @@ class CacheLayer(nn.Module):
 class HybridCache(nn.Module):
     """See the module. Sizes follow `capacity`; shapes, dtype and device follow a record of the same model.
 
-    Tables of all lanes are (layers, L, ...). Those of dynamic lanes are (N, R, ...): N layers that retrieve, R rows in
-    each, one for each of its dynamic lanes; `lane` says which one a row is, and is L for rows that are not used.
+    Tables of all lanes are (layers, L). Those of dynamic lanes are (N, R): N layers that retrieve, R rows in each, one
+    for each of its dynamic lanes; `lane` says which one a row is, and is L for rows that are not used; `fetched` counts
+    the chunks that it has brought into frames. `Placement` says what the others hold.
 
     With `record`, what is kept and retrieved is written down: see `recording.py`.
     """
@@ -110,20 +115,20 @@ class HybridCache(nn.Module):
         slots = capacity.n_pages * self.page_size
         buffer("keys", 1, 1, slots, dim, dtype=key.dtype)
         buffer("values", 1, 1, slots, dim, dtype=key.dtype)
-        buffer("fixed", *lanes, capacity.fixed)
-        for name in ("n_fixed", "tail", "fill", "row"):  # as many as plan.SCALARS
+        for name in LANE_TABLES:
             buffer(name, *lanes)
-        buffer("chunks", *rows, capacity.chunks)
-        for name in ("n_chunks", "n_retrieve", "lane"):  # as many as plan.ROW_SCALARS
+        for name in ROW_TABLES:
             buffer(name, *rows)
         self.register_buffer(
             "retrieving", torch.tensor(retrieving, dtype=torch.int64, device=key.device), persistent=False
         )
-        buffer("next_page", 2)  # the first free page of the store, and of the rest
         nth = {layer: n for n, layer in enumerate(retrieving)}
         self.layers = nn.ModuleList(CacheLayer(self, layer, nth.get(layer), key.device) for layer in range(layers))
         summary = {"sketch": KeySketch, "bound": KeyBounds, "exact": ExactKeys}[config.retrieval]
         self.summary = summary(capacity.n_store, len(retrieving) * capacity.rows, dim, config, key)
+        self.store: DeviceStore | HostStore = DeviceStore()
+        if capacity.host:
+            self.store = HostStore(capacity.n_store, capacity.n_pages, self.page_size, key, config.stickiness)
         self.recording = Recording((*rows, capacity.retrieve), key.device) if record else None
         self._plans: list[Plan] = []
         self._placement: Placement | None = None
@@ -143,11 +148,12 @@ class HybridCache(nn.Module):
             (B, Hq, 1, D)
         """
         q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=self.heads)
+        k, v = (rearrange(t, "b h 1 d -> (b h) d") for t in (k, v))
         slots = (of(layer, self.tail) * self.page_size + of(layer, self.fill)).long()  # (L,)
-        self.keys.index_copy_(2, slots, rearrange(k, "b h 1 d -> 1 1 (b h) d"))
-        self.values.index_copy_(2, slots, rearrange(v, "b h 1 d -> 1 1 (b h) d"))
+        self.keys.index_copy_(2, slots, k[None, None])
+        self.values.index_copy_(2, slots, v[None, None])
         if nth is not None:
-            self._summarise(layer, nth, rearrange(k, "b h 1 d -> (b h) d"))
+            self._append(layer, nth, k, v)
         pages, n_pages = self._to_read(layer, nth, q[:, 0])
         out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
         return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=self.batch)
@@ -156,72 +162,79 @@ class HybridCache(nn.Module):
         """Numbers (R,) of a retrieving layer's rows among those of all layers."""
         return nth * self.capacity.rows + torch.arange(self.capacity.rows, device=nth.device)
 
-    def _summarise(self, layer: Tensor, nth: Tensor, k: Tensor) -> None:
-        """Adds k (L, D) to the chunk summaries of the tail pages of lanes that have any.
+    def _append(self, layer: Tensor, nth: Tensor, k: Tensor, v: Tensor) -> None:
+        """Adds k, v (L, D) to the store's tail pages of lanes that have any, and to their chunk summaries.
 
         (All layers at once, at the end of a step, would be fewer calls, but there torch 2.13 reads keys that the
         compiled regions of the layers have not written yet.)
         """
-        lane = of(nth, self.lane)
-        page, fill = (F.pad(of(layer, table), (0, 1)).index_select(0, lane) for table in (self.tail, self.fill))
-        self.summary.append(k.index_select(0, lane.clamp(max=len(k) - 1)), page.long(), fill, self._rows(nth))
+        lane, mine = of(nth, self.lane), self._mine(nth)
+        fill = F.pad(of(layer, self.fill), (0, 1)).index_select(0, lane)
+        page = (of(nth, self.first) + of(nth, self.n_chunks)).long()  # the tail page lies behind the chunks
+        k, v = k.index_select(0, mine), v.index_select(0, mine)
+        self.summary.append(k, page, fill, self._rows(nth))
+        self.store.append(k, v, page * self.page_size + fill)
+
+    def _mine(self, nth: Tensor) -> Tensor:
+        """Lane of each of a retrieving layer's rows, (R,); of those that are not used, any."""
+        return of(nth, self.lane).clamp(max=self.row.shape[1] - 1)
 
     def _to_read(self, layer: Tensor, nth: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
         """Pages (L, P) that a step reads whole, those retrieved for q (L, G, D) first, and how many (L,) there are."""
-        fixed, n_fixed = of(layer, self.fixed), of(layer, self.n_fixed)
         if nth is None:
-            return fixed, n_fixed
-        asking = q.index_select(0, of(nth, self.lane).clamp(max=len(q) - 1))  # (R, G, D)
-        chunks, n_chunks, n_retrieve = (of(nth, table) for table in (self.chunks, self.n_chunks, self.n_retrieve))
-        best = best_chunks(self.summary, asking, chunks, n_chunks, self._rows(nth), n_retrieve, self.capacity.retrieve)
+            return self._run(layer)
+        mine, tables = self._mine(nth), (self.first, self.n_chunks, self.n_retrieve)
+        first, n_chunks, k = (of(nth, table) for table in tables)  # (R,)
+        count, columns = self.capacity.retrieve, self.capacity.chunks
+        asking = (q.index_select(0, mine), first, n_chunks, self._rows(nth), k)  # (R, G, D), ...
+        on_host, favour = isinstance(self.store, HostStore), None
+        if on_host:
+            frames = chunk_pages(of(layer, self.start).index_select(0, mine), k, count)  # (R, F) pages
+            there = self.store.there(frames, k, columns)
+            favour = self.store.favour(there)
+        chosen = best_chunks(self.summary, *asking, count, columns, favour)  # (R, F) chunks
         if self.recording is not None:
-            self.recording.note(nth, best)
-        found = self._fetch(best)
+            self.recording.note(nth, chosen)
+        if on_host:
+            copied = self.store.fetch(chosen, k, frames, first, there, self.keys, self.values)
+            self.fetched.index_add_(0, nth.view(1), copied[None].int())
+            return self._run(layer)
         row = of(layer, self.row)
-        mine = (row - 1).clamp(min=0)
-        k = torch.where(row > 0, n_retrieve.index_select(0, mine), 0)  # (L,)
-        column = torch.arange(found.shape[1] + fixed.shape[1], device=q.device)
-        from_found = found.index_select(0, mine).gather(1, column.clamp(max=found.shape[1] - 1).expand(len(q), -1))
-        from_fixed = fixed.gather(1, (column - k[:, None]).clamp(0, fixed.shape[1] - 1))
-        return torch.where(column < k[:, None], from_found, from_fixed), n_fixed + k
+        other = (row - 1).clamp(min=0)
+        found = (first[:, None] + chosen).int().index_select(0, other)  # (L, F) pages
+        return self._run(layer, found, torch.where(row > 0, k.index_select(0, other), 0))
 
-    def _fetch(self, pages: Tensor) -> Tensor:
-        """Where the pool holds these store pages. The store is part of the pool, so they are there already."""
-        return pages
-
-    def _of_rows(self, table: Tensor) -> Tensor:
-        """What a table of all lanes, (layers, L), says of the dynamic ones: (N, R); 0 for rows that are not used."""
-        return F.pad(table.index_select(0, self.retrieving), (0, 1)).gather(1, self.lane.long())
+    def _run(self, layer: Tensor, found: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The pages of each lane's run that are read whole, behind the first k (L,) of the pages found, (L, F)."""
+        start, n_full, tail, row = (of(layer, table)[:, None] for table in (self.start, self.n_full, self.tail, self.row))
+        column = torch.arange(self.capacity.full + (0 if found is None else found.shape[1]), device=layer.device).int()
+        page = start + (column if k is None else column - k[:, None])
+        page = page + ((page >= tail) & (row == 0))  # in a ring the tail may lie before pages that are full
+        if found is not None:
+            behind = column.clamp(max=found.shape[1] - 1).long().expand(len(found), -1)
+            page, n_full = torch.where(column < k[:, None], found.gather(1, behind), page), n_full + k[:, None]
+        return torch.where(column < n_full, page, 0), n_full[:, 0]
 
     def advance(self, active: Tensor) -> None:
         """Counts the token that every lane of the active sequences, (B,) bool, just appended.
 
-        A full tail page is closed: it joins the lane's fixed pages, or its chunks if the lane retrieves, and the next
-        free page becomes the tail. A sequence that is not active writes over its last slot until it is replaced.
+        A full tail page is closed: it joins what the lane always reads, or its chunks if the lane retrieves, and the
+        next page becomes the tail. A sequence that is not active writes over its last slot until it is replaced.
         """
-        retrieves = self.row > 0  # (layers, L), as everything here
-        fill = self.fill + active.repeat_interleave(self.heads)
+        fill = self.fill + active.repeat_interleave(self.heads)  # (layers, L), as everything here
         closed = fill == self.page_size
-        tail, taken = self.tail, []
-        for region, closing in enumerate((closed & retrieves, closed & ~retrieves)):
-            nth = closing.flatten().cumsum(0).view_as(closing)
-            tail = torch.where(closing, self.next_page[region] + nth - 1, tail)
-            taken.append(closing.sum())
-        self.next_page.add_(torch.stack(taken))
+        tail = self.tail + closed
+        # A ring that is full has no page more that is read whole: its oldest becomes the tail.
+        grows = closed & (self.row == 0) & (self.n_full < self.end - self.start - 1)
+        self.n_full.add_(grows)
         self.fill.copy_(torch.where(closed, 0, fill))
-        self.tail.copy_(tail)
-        # Behind the last valid entry of a table lies the tail page, which closing makes valid.
-        self.n_fixed.add_(closed & ~retrieves)
+        self.tail.copy_(torch.where(tail == self.end, self.ring, tail))
         if self.capacity.retrieve:
             self.n_chunks.add_(self._of_rows(closed.int()))
-        self._note_tails()
 
-    def _note_tails(self) -> None:
-        """Writes every lane's tail page behind the last valid entry of its table."""
-        # A dynamic lane has no use for it in its table of fixed pages: there it gets the null page.
-        write_behind(self.fixed, self.n_fixed, torch.where(self.row == 0, self.tail, 0))
-        if self.capacity.retrieve:
-            write_behind(self.chunks, self.n_chunks, self._of_rows(self.tail))
+    def _of_rows(self, table: Tensor) -> Tensor:
+        """What a table of all lanes, (layers, L), says of the dynamic ones: (N, R); 0 for rows that are not used."""
+        return F.pad(table.index_select(0, self.retrieving), (0, 1)).gather(1, self.lane.long())
 
     @torch.no_grad()
     def load(self, prefills: list[Prefill], plans: list[Plan], new_tokens: int) -> None:
@@ -245,69 +258,97 @@ class HybridCache(nn.Module):
             raise ValueError(f"a cache for {self.batch} sequences got {len(plans)} plans")
         if not self.capacity.covers(Capacity.of(plans, new_tokens)):
             raise ValueError("these prompts do not fit: make a cache with Capacity.of(plans, new_tokens)")
-        self._plans, self._placement = list(plans), place(plans, self.capacity)
-        tables = {name: torch.stack([getattr(p, name) for p in plans], 1) for name in ("n_fixed", "fill", *IN_ROWS)}
-        tables |= {name: getattr(self._placement, name) for name in ("fixed", "tail", "row", "chunks")}
-        tables = {name: rearrange(table, "l b h ... -> l (b h) ...") for name, table in tables.items()}
-        for name in ("n_fixed", "fill", "fixed", "tail", "row"):
+        self._plans, self._placement = list(plans), place(plans, self.capacity, new_tokens)
+        tables = {name: torch.stack([getattr(p, name) for p in plans], 1) for name in ("fill", "n_chunks", "n_retrieve")}
+        tables |= vars(self._placement)
+        tables = {name: rearrange(table, "l b h -> l (b h)") for name, table in tables.items()}
+        for name in LANE_TABLES:
             getattr(self, name).copy_(tables[name])
-        self.lane.fill_(self.batch * self.heads)
-        for name in (*IN_ROWS, "chunks"):
+        for name in ROW_TABLES:
             getattr(self, name).zero_()
+        self.lane.fill_(self.batch * self.heads)
         for n, layer in enumerate(self.retrieving.tolist()):
             lane = tables["row"][layer].nonzero()[:, 0]
             self.lane[n, : len(lane)] = lane.to(self.lane)
-            for name in (*IN_ROWS, "chunks"):
+            for name in ("first", "n_chunks", "n_retrieve"):
                 getattr(self, name)[n, : len(lane)] = tables[name][layer, lane].to(self.lane)
-        self.next_page.copy_(torch.tensor(self._placement.next_page))
-        self._note_tails()
+        if isinstance(self.store, HostStore):
+            self.store.held.fill_(-1)
         if self.recording is not None:
             self.recording.begin(plans)
 
     @torch.no_grad()
     def pack(self, b: int, layer: int, kept: Kept) -> None:
-        """Copies what is kept of one layer of prompt `b` into its slots and sums up its chunks."""
+        """Copies what is kept of one layer of prompt `b` into its slots, and sums up its chunks.
+
+        On a GPU all of it is asked for, and nothing waited for.
+        """
         plan, placement, device = self._plans[b], self._placement, self.keys.device
-        slots = torch.cat(lane_slots(placement, plan, layer, b)).to(device)
-        self.keys.index_copy_(2, slots, kept.k[None, None])
-        self.values.index_copy_(2, slots, kept.v[None, None])
-        dynamic = plan.dynamic[layer].nonzero()[:, 0].tolist()
-        if dynamic:
-            chunks, tail, row = (table[layer, b] for table in (placement.chunks, placement.tail, placement.row))
-            pages = [torch.cat((chunks[h, : plan.lane_chunks], tail[h : h + 1])).to(device) for h in dynamic]
-            row = sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row[dynamic].long() - 1
-            self.summary.pack(chunk_keys(plan, kept, layer), pages, row.to(device), plan.lane_chunks)
+        slots = layer_slots(placement, plan, layer, b)
+        for where, write in ((slots.pool, self._write), (slots.store, self.store.append)):
+            some = (where >= 0).nonzero()[:, 0]
+            if len(some):
+                mine = slice(None) if len(some) == len(where) else some.to(device)
+                write(kept.k[mine], kept.v[mine], where[some].to(device))
+        dynamic = plan.dynamic[layer].nonzero()[:, 0]
+        if len(dynamic):
+            first, row = placement.first[layer, b, dynamic], placement.row[layer, b, dynamic].long() - 1
+            pages = [page + torch.arange(plan.lane_chunks + 1, device=device) for page in first.tolist()]
+            rows = (sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row).to(device)
+            self.summary.pack(chunk_keys(plan, kept, layer), pages, rows, plan.lane_chunks)
+            if isinstance(self.store, HostStore):
+                self._fill_frames(b, layer, dynamic, rows, kept.q)
         if self.recording is not None:
             self.recording.keep(b, kept)
 
+    def _write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        self.keys.index_copy_(2, slots, k[None, None])
+        self.values.index_copy_(2, slots, v[None, None])
+
+    def _fill_frames(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, q: Tensor | None) -> None:
+        """Frames begin with what the question's last query, (Hq, D), would choose; without one, with the first chunks."""
+        plan, placement = self._plans[b], self._placement
+        tables = (placement.first[:, b], placement.start[:, b], plan.n_chunks, plan.n_retrieve)
+        first, start, n_chunks, k = (table[layer, dynamic].to(rows.device) for table in tables)
+        count, columns = self.capacity.retrieve, self.capacity.chunks
+        if q is None:
+            chosen = torch.arange(count, device=rows.device).expand(len(rows), -1)
+        else:
+            asking = rearrange(q, "(h g) d -> h g d", h=self.heads)[dynamic.to(rows.device)]
+            chosen = best_chunks(self.summary, asking, first, n_chunks, rows, k, count, columns)
+        frames = chunk_pages(start, k, count)
+        there = self.store.there(frames, k, columns)
+        self.store.fetch(chosen, k, frames, first, there, self.keys, self.values)
+
     def record_step(self) -> None:
         """Adds the step that has just run to the records. Synchronises."""
-        self.recording.take(self.lane, self.chunks, self.n_chunks, self.n_retrieve, self.retrieving.tolist())
+        self.recording.take(self.lane, self.n_retrieve, self.retrieving.tolist())
 
     def count_bytes(self) -> CacheBytes:
         """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""
         costs, plans = self.costs, self._plans
-        first = (1, self.capacity.n_store)  # of the store, of the rest
-        now = self.next_page.tolist()
+        lanes = self.row.shape[1]
+        begun, dynamic, n_fixed, fill = (
+            rearrange(torch.stack([getattr(p, name) for p in plans], 1), "l b h -> l (b h)")
+            for name in ("n_chunks", "dynamic", "n_fixed", "fill")
+        )
         # Tail pages that started empty hold generated tokens only.
-        fresh = [
-            sum(int(((plan.fill == 0) & kind(plan)).sum()) for plan in plans)
-            for kind in (lambda p: p.dynamic, lambda p: ~p.dynamic)
-        ]
-        prompt = [at - start - new for at, start, new in zip(self._placement.next_page, first, fresh, strict=True)]
-        generated = [end - at + new for end, at, new in zip(now, self._placement.next_page, fresh, strict=True)]
-
-        def pages(count: list[int]) -> int:
-            return count[0] * (costs.page + costs.summary) + count[1] * costs.page
-
-        pooled = ("keys", "values", "summary.sketch", "summary.low", "summary.high", "summary.keys")
-        tables = sum(t.nbytes for name, t in self.named_buffers() if name not in pooled and "recording" not in name)
-        null_page = costs.page + costs.summary
-        lanes = self.n_fixed.shape[0] * self.heads
+        chunks = begun.clone()
+        for n, layer in enumerate(self.retrieving.tolist()):
+            lane = self.lane[n][self.lane[n] < lanes].long().cpu()
+            chunks[layer, lane] = self.n_chunks[n, : len(lane)].cpu().long()
+        summed = int((dynamic * (chunks - begun + (fill == 0))).sum())
+        if self.capacity.host:
+            pages = int((dynamic & (fill == 0)).sum())
+        else:
+            pages = summed
+        pages += int((~dynamic * (self.n_full.cpu() - n_fixed + (fill == 0))).sum())
+        elsewhere = ("store.keys", "store.values", "recording.chosen")
         return CacheBytes(
-            full=sum(full_bytes(plan.tokens, lanes, costs, self.page_size) for plan in plans),
-            resident=pages(prompt) + null_page + tables,
+            full=sum(full_bytes(plan.tokens, plan.n_read.numel(), costs, self.page_size) for plan in plans),
+            resident=Capacity.of(plans, None).device_bytes(costs, lanes),
+            host=self.capacity.host_bytes(costs),
             step=sum(plan.step_bytes(costs) for plan in plans),
-            new=pages(generated),
-            allocated=sum(t.nbytes for name, t in self.named_buffers() if "recording" not in name),
+            new=pages * (costs.page + self.capacity.host * costs.entry) + summed * costs.summary,
+            allocated=sum(t.nbytes for name, t in self.named_buffers() if name not in elsewhere),
         )

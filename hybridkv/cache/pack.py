@@ -12,53 +12,83 @@ from hybridkv.planning.prefill import Prefill
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the prompts of a batch lie. Tables are (layers, B, H, ...) int32 on the CPU.
+    """Where the prompts of a batch lie: one run of pages for each lane. Tables are (layers, B, H) int32 on the CPU.
 
     Attributes:
-        fixed: (layers, B, H, F) full pages that are always read. chunks: (layers, B, H, C) store pages.
-        tail: page that new tokens fill. row: number of a dynamic lane among its layer's, from 1; 0 for the others.
-        next_page: first free page of the store, and of the rest.
+        first: a dynamic lane's first page in the store, where its chunks lie, then its tail pages.
+        start: first page of a lane's run in the pool: frames if the store is on the host, then pages that are fixed.
+        n_full: pages of the run that a step reads whole.
+        tail: page that new tokens fill; it lies behind those that are read whole.
+        ring, end: when page `end` would be the next tail, it is page `ring`.
+        row: number of a dynamic lane among its layer's, from 1; 0 for the others.
     """
 
-    fixed: Tensor
-    chunks: Tensor
+    first: Tensor
+    start: Tensor
+    n_full: Tensor
     tail: Tensor
+    ring: Tensor
+    end: Tensor
     row: Tensor
-    next_page: tuple[int, int]
 
 
-def place(plans: list[Plan], capacity: Capacity) -> Placement:
-    """Hands out pages, one after the other, to every lane of every prompt: its full pages, then its tail page.
+def place(plans: list[Plan], capacity: Capacity, new_tokens: int) -> Placement:
+    """Hands out runs of pages, one after the other, to every lane of every prompt, with room for its new tokens.
 
-    The tail page of a dynamic lane lies in the store: it, too, becomes a chunk one day.
+    The tail page of a dynamic lane lies in the store: it, too, becomes a chunk one day. Where the store is on the host,
+    it lies in the pool as well, and the next one takes its place.
     """
-    dynamic, n_chunks, n_fixed = (
-        torch.stack([getattr(plan, name) for plan in plans], 1) for name in ("dynamic", "n_chunks", "n_fixed")
+    host = capacity.host
+    stored, kept = (torch.stack(part, 1) for part in zip(*(plan.lane_pages(new_tokens) for plan in plans), strict=True))
+    dynamic, n_chunks, n_fixed, fill, n_retrieve = (
+        torch.stack([getattr(plan, name) for plan in plans], 1)
+        for name in ("dynamic", "n_chunks", "n_fixed", "fill", "n_retrieve")
     )  # each (layers, B, H)
 
-    def hand_out(first: int, full: Tensor, tails: Tensor, columns: int) -> tuple[Tensor, Tensor, int]:
-        """Pages (layers, B, H, columns) and tail pages (layers, B, H) from number `first` on, and the next free one."""
-        taken = (full + tails).flatten().cumsum(0).view_as(full)
-        start = first + taken - full - tails
-        column = torch.arange(columns)
-        pages = torch.where(column < full[..., None], start[..., None] + column, 0)
-        return pages.int(), torch.where(tails > 0, start + full, 0).int(), first + int(taken.flatten()[-1])
+    def runs(first: int, pages: Tensor) -> Tensor:
+        return first + pages.flatten().cumsum(0).view_as(pages) - pages
 
-    chunks, store_tail, next_store = hand_out(1, n_chunks, dynamic.long(), max(1, capacity.chunks))
-    fixed, other_tail, next_other = hand_out(capacity.n_store, n_fixed, (~dynamic).long(), capacity.fixed)
-    row = (dynamic.flatten(1).cumsum(1).view_as(dynamic) * dynamic).int()
-    return Placement(fixed, chunks, store_tail + other_tail, row, (next_store, next_other))
+    first, start = runs(1, stored) * dynamic, runs(1 if host else capacity.n_store, kept)
+    n_full = n_fixed + n_retrieve * host
+    in_store = dynamic & (not host)
+    tail = torch.where(in_store, first + n_chunks, start + n_full)
+    # A page that holds tokens of the prompt is not written over, but for what lies in the store, too.
+    ring = torch.where(dynamic, tail, tail + (fill > 0))
+    end = torch.where(in_store, first + stored, start + kept)
+    row = dynamic.flatten(1).cumsum(1).view_as(dynamic) * dynamic
+    return Placement(*(table.int() for table in (first, start, n_full, tail, ring, end, row)))
 
 
-def lane_slots(placement: Placement, plan: Plan, layer: int, b: int) -> list[Tensor]:
-    """Slots of each lane of a layer of prompt `b`, in the order of `lane_tokens`: chunks, fixed pages, tail page."""
-    offset, slots = torch.arange(plan.page_size), []
-    counts = (plan.n_chunks[layer].tolist(), plan.n_fixed[layer].tolist(), plan.fill[layer].tolist())
-    for h, (c, f, fill) in enumerate(zip(*counts, strict=True)):
-        full = torch.cat((placement.chunks[layer, b, h, :c], placement.fixed[layer, b, h, :f]))
-        last = placement.tail[layer, b, h] * plan.page_size + offset[:fill]
-        slots.append(torch.cat(((full[:, None] * plan.page_size + offset).flatten(), last)))
-    return slots
+@dataclass(frozen=True)
+class Slots:
+    """Where one layer of a prompt goes: for each kept token its slot in the pool and in the store, -1 for none."""
+
+    pool: Tensor
+    store: Tensor
+
+
+def layer_slots(placement: Placement, plan: Plan, layer: int, b: int) -> Slots:
+    """Slots of a layer's kept tokens, lane by lane in the order of `lane_tokens`: chunks, fixed pages, tail page."""
+    size, pool, store = plan.page_size, [], []
+    offset = torch.arange(size)
+    counts = (plan.n_chunks, plan.n_fixed, plan.fill, placement.n_full[:, b], placement.first[:, b])
+    counts = (*counts, placement.start[:, b], placement.tail[:, b])
+    for c, f, fill, n_full, first, start, tail in zip(*(t[layer].tolist() for t in counts), strict=True):
+        chunks = first * size + torch.arange(c * size)
+        fixed = (start + n_full - f) * size + torch.arange(f * size)
+        last = tail * size + offset[:fill]
+        if c == 0 and first == 0:
+            pool.append(torch.cat((fixed, last)))
+            store.append(torch.full_like(pool[-1], -1))
+        elif plan.host:
+            nowhere = torch.full_like(chunks, -1)
+            pool.append(torch.cat((nowhere, fixed, last)))
+            behind = (first + c) * size + offset[:fill]
+            store.append(torch.cat((chunks, torch.full_like(fixed, -1), behind)))
+        else:
+            pool.append(torch.cat((chunks, fixed, last)))
+            store.append(torch.full_like(pool[-1], -1))
+    return Slots(torch.cat(pool), torch.cat(store))
 
 
 def lane_tokens(plan: Plan, prefill: Prefill, layer: int) -> list[Tensor]:
@@ -91,11 +121,13 @@ class Kept:
     Attributes:
         k, v: (N, D), one lane after the other, each in the order of `lane_tokens`.
         tokens: `lane_tokens`, of each lane.
+        q: (Hq, D), the last query of the prompt's window; None if it has none.
     """
 
     k: Tensor
     v: Tensor
     tokens: list[Tensor] = field(default_factory=list)
+    q: Tensor | None = None
 
 
 def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
@@ -105,7 +137,8 @@ def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
     token = torch.cat(tokens)
     head = torch.arange(len(tokens)).repeat_interleave(lengths).to(token.device)
     prefill.layers[layer] = None
-    return Kept(read.k[head, token], read.v[head, token], tokens)
+    q = read.q[:, -1].clone() if read.q.shape[1] else None
+    return Kept(read.k[head, token], read.v[head, token], tokens, q)
 
 
 def chunk_keys(plan: Plan, kept: Kept, layer: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What a cache kept of its prompts and what each step retrieved, for who wants to look at it.
 
-Only a cache made with `record=True` has this. Its compiled step writes the chosen pages into one more buffer; any other
+Only a cache made with `record=True` has this. Its compiled step writes the chosen chunks into one more buffer; any other
 cache's step has neither the buffer nor the copy, and no branch that could take it.
 """
 
@@ -54,9 +54,9 @@ class Recording(nn.Module):
         self.register_buffer("chosen", torch.zeros(rows, dtype=torch.int32, device=device), persistent=False)
         self.records: list[Record] = []
 
-    def note(self, nth: Tensor, pages: Tensor) -> None:
-        """Inside the step: the store pages (R, K) that the nth retrieving layer reads."""
-        self.chosen.index_copy_(0, nth.view(1), pages[None].int())
+    def note(self, nth: Tensor, chunks: Tensor) -> None:
+        """Inside the step: the numbers of the chunks (R, K) that the nth retrieving layer reads."""
+        self.chosen.index_copy_(0, nth.view(1), chunks[None].int())
 
     def begin(self, plans: list[Plan]) -> None:
         """New prompts take the place of the old."""
@@ -66,22 +66,19 @@ class Recording(nn.Module):
         """The next layer of prompt `b` is packed."""
         self.records[b].kept.append([tokens.cpu() for tokens in kept.tokens])
 
-    def take(self, lane: Tensor, chunks: Tensor, n_chunks: Tensor, n_retrieve: Tensor, layers: list[int]) -> None:
+    def take(self, lane: Tensor, n_retrieve: Tensor, layers: list[int]) -> None:
         """Adds the step that has just run to the records. Waits for the device: not part of the step.
 
         Args:
-            lane, n_chunks, n_retrieve: (N, R), chunks: (N, R, C), as in the cache.
+            lane, n_retrieve: (N, R), as in the cache.
             layers: the N layers that retrieve.
         """
-        tables = (self.chosen, lane, chunks, n_chunks, n_retrieve)
-        chosen, lane, chunks, n_chunks, n_retrieve = (t.cpu() for t in tables)
+        chosen, lane, n_retrieve = (t.cpu() for t in (self.chosen, lane, n_retrieve))
         heads = self.records[0].plan.dynamic.shape[1]
         steps: list[dict[Head, Tensor]] = [{} for _ in self.records]
         for n, layer in enumerate(layers):
             for row in (lane[n] < len(self.records) * heads).nonzero()[:, 0].tolist():
-                place = {page: i for i, page in enumerate(chunks[n, row, : n_chunks[n, row]].tolist())}
-                read = sorted(place[page] for page in chosen[n, row, : n_retrieve[n, row]].tolist())
                 b, head = divmod(int(lane[n, row]), heads)
-                steps[b][layer, head] = torch.tensor(read, dtype=torch.int64)
+                steps[b][layer, head] = chosen[n, row, : n_retrieve[n, row]].long().sort().values
         for record, step in zip(self.records, steps, strict=True):
             record.retrieved.append(step)

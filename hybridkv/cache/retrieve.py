@@ -6,6 +6,7 @@ All score in the graph of the decoding step, and have the same three methods: `p
 without a summary have row 0, and what they would append goes to the null page.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -42,61 +43,77 @@ def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
     return mass.masked_fill(~valid, -1.0)
 
 
+def chunk_pages(first: Tensor, n_chunks: Tensor, columns: int) -> Tensor:
+    """Store pages of each lane's chunks, one after the other from first (R,) on: (R, columns), 0 where there is none."""
+    chunk = torch.arange(columns, device=first.device)
+    return torch.where(chunk < n_chunks[:, None], first[:, None] + chunk, 0)
+
+
 def best_chunks(
-    summary: Summary, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, k: Tensor, count: int
+    summary: Summary,
+    q: Tensor,
+    first: Tensor,
+    n_chunks: Tensor,
+    row: Tensor,
+    k: Tensor,
+    count: int,
+    columns: int,
+    favour: Tensor | None = None,
 ) -> Tensor:
-    """Page numbers of each row's `k` best chunks, (R, count), of which the first k are meant; of rows without, any.
+    """Numbers of each row's `k` best chunks, (R, count) int64, of which the first k are meant; of rows without, any.
 
     A compiled step on a CPU loops over the rows that have chunks, and an uncompiled one picks them: the others would
     cost as much. Compiled for a GPU, all rows are scored, and those without chunks read the null page over and over:
     to leave them out, the step would have to wait for the host.
 
     Args:
-        q: (R, G, D). chunks: (R, C) page numbers, the first n_chunks (R,) are valid. row: (R,) as in the summary.
+        q: (R, G, D). first: (R,) each row's first page in the store, of n_chunks (R,). row: (R,) as in the summary.
         k: (R,) how many are wanted, at most n_chunks and `count`.
+        columns: chunks that a row may have.
+        favour: (R, columns) what a chunk's mass is multiplied by, see `HostStore.favour`; None for nothing.
     """
+    lanes = (q, first, n_chunks, row, k, *(() if favour is None else (favour,)))
+
+    def choose(q: Tensor, first: Tensor, n_chunks: Tensor, row: Tensor, k: Tensor, *favour: Tensor) -> Tensor:
+        mass = summary.scores(q, chunk_pages(first, n_chunks, columns), n_chunks, row)
+        return select(mass * favour[0] if favour else mass, k, count)
+
     if not torch.compiler.is_compiling():
         some = n_chunks.nonzero()[:, 0]
-        mine = [t[some] for t in (q, chunks, n_chunks, row)]
-        best = select(summary.scores(*mine), mine[1], k[some], count)
-        return chunks.new_zeros(len(chunks), count).index_copy(0, some, best)
+        best = choose(*(t[some] for t in lanes))
+        return best.new_zeros(len(q), count).index_copy(0, some, best)
     if not q.is_cpu:
-        return select(summary.scores(q, chunks, n_chunks, row), chunks, k, count)
-    return in_turns(summary, q, chunks, n_chunks, row, k, count)
+        return choose(*lanes)
+    return in_turns(choose, lanes, n_chunks, count, columns)
 
 
-def in_turns(
-    summary: Summary, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor, k: Tensor, count: int
-) -> Tensor:
+def in_turns(choose: Callable[..., Tensor], lanes: tuple[Tensor, ...], n_chunks: Tensor, count: int, columns: int):
     """`best_chunks` in a loop, for the compiler: each turn takes one row, or a few where there are many short ones.
 
     A turn takes the same calls whatever its row holds, so short rows share one. The last turn is filled up with a
     row that is already in it: an eighth of all rows at most share one, so that little is scored twice.
     """
     through = (n_chunks > 0).cumsum(0)  # (R,) rows with chunks up to each
-    rows = max(1, min(len(chunks) // 8, TURN_CHUNKS // chunks.shape[1]))
+    rows = max(1, min(len(n_chunks) // 8, TURN_CHUNKS // columns))
 
     def more(i: Tensor, best: Tensor) -> Tensor:
         return i < through[-1]
 
-    def choose(i: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    def turn(i: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
         number = (i + 1 + torch.arange(rows)).clamp(max=through[-1])  # 1 is the first row with chunks
         some = torch.searchsorted(through, number)
-        mine = [t.index_select(0, some) for t in (q, chunks, n_chunks, row)]
-        return i + rows, best.index_copy(0, some, select(summary.scores(*mine), mine[1], k, count))
+        return i + rows, best.index_copy(0, some, choose(*(t.index_select(0, some) for t in lanes)))
 
-    start = torch.zeros((), dtype=torch.int64), chunks.new_zeros(len(chunks), count)
-    return while_loop(more, choose, start)[1]
+    start = torch.zeros((), dtype=torch.int64), torch.zeros(len(n_chunks), count, dtype=torch.int64)
+    return while_loop(more, turn, start)[1]
 
 
-def select(mass: Tensor, chunks: Tensor, k: Tensor, count: int) -> Tensor:
-    """Page numbers of each row's k (R,) best chunks, in any order: mass, chunks (R, C) -> (R, count), the first k.
+def select(mass: Tensor, k: Tensor, count: int) -> Tensor:
+    """Numbers of each row's k (R,) best chunks, in any order: mass (R, C) -> (R, count) int64, the first k.
 
     On a CPU the best `count` are sorted, so that the first k of them are the best k, too.
     """
-    if mass.is_cpu:
-        return chunks.gather(1, mass.topk(count, dim=1).indices)
-    return chunks.gather(1, by_threshold(mass, k, count))
+    return mass.topk(count, dim=1).indices if mass.is_cpu else by_threshold(mass, k, count)
 
 
 def by_threshold(mass: Tensor, k: Tensor, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hybridkv.cache.capacity import ROW_SCALARS, SCALARS, Capacity, round_down
 from hybridkv.config import HybridConfig
 from hybridkv.planning.budget import BudgetError, allocate
 from hybridkv.planning.classify import classify, retrieving_layers
@@ -22,9 +23,6 @@ from hybridkv.planning.prefill import Prefill
 from hybridkv.planning.prune import keep_order, pooled, tile_order
 
 Score = Callable[[Prefill, int], Tensor]  # (H, T), how much each token of a layer is worth to a static head
-
-SCALARS = 4  # int32 numbers a lane has beside its table: count of fixed pages, tail page and its fill, row
-ROW_SCALARS = 3  # and a dynamic lane, beside its table of chunks: how many there are, how many are retrieved, its lane
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Costs:
     page: int  # one page of keys and values
     summary: int  # the summary of one chunk: its key sketch, or its key bounds
     basis: int  # what a dynamic lane needs beside: principal directions, offset and step of the sketch
-    entry: int = 4  # one page number in a table
+    entry: int = 4  # one number in a table
 
     @classmethod
     def of(cls, config: HybridConfig, head_dim: int, dtype: torch.dtype) -> "Costs":
@@ -62,6 +60,8 @@ class Plan:
         score: what static lanes keep first; asked for layer by layer, when a layer is packed. None if all is kept.
         chunk_order: the prunable tokens in the order in which they fill chunks; None for that of the prompt.
         no_room: everything is kept, against the budget, since what must be kept takes as much as the full cache.
+        host: chunks of dynamic lanes are in host memory (`HybridConfig.store`), and the pool has frames for them.
+        keep_new: see `HybridConfig.keep_new`.
     """
 
     prunable: Tensor
@@ -72,6 +72,8 @@ class Plan:
     score: Score | None = None
     chunk_order: Tensor | None = None
     no_room: bool = False
+    host: bool = False
+    keep_new: int | None = None
 
     def order(self, prefill: Prefill, layer: int) -> Tensor:
         """Tokens of a layer's heads from the most to the least worth keeping, (H, T)."""
@@ -124,14 +126,49 @@ class Plan:
         """Prompt tokens that a step reads."""
         return (self.n_fixed + self.n_retrieve) * self.page_size + self.fill
 
+    def tails(self, new_tokens: int | None) -> tuple[Tensor, Tensor]:
+        """Pages that a lane's tail takes in all, one after the other: in the store, and in the pool of a static lane.
+
+        The one it starts with, and one for each that `new_tokens` close; in the pool no more than `keep_new` asks for.
+        None: those that hold tokens of the prompt.
+        """
+        begun = (self.fill > 0).long()
+        if new_tokens is None:
+            return begun, begun
+        tails = (self.fill + new_tokens) // self.page_size + 1
+        if self.keep_new is None:
+            return tails, tails
+        return tails, tails.minimum(begun + -(-self.keep_new // self.page_size) + 1)
+
+    def lane_pages(self, new_tokens: int | None) -> tuple[Tensor, Tensor]:
+        """Pages of each lane in the store, and in the rest of the pool, with room for `new_tokens`; see `tails`."""
+        stored, kept = self.tails(new_tokens)
+        store = self.dynamic * (self.n_chunks + stored)
+        if self.host:  # frames, and one page for the tail: when that is full it lies in the store already
+            return store, self.n_retrieve + self.n_fixed + torch.where(self.dynamic, stored.clamp(max=1), kept)
+        return store, self.n_fixed + ~self.dynamic * kept
+
+    def lane_full(self, new_tokens: int | None) -> Tensor:
+        """Most pages of each lane's run that a step reads whole."""
+        return self.lane_pages(new_tokens)[1].maximum(self.n_fixed)
+
     def step_bytes(self, costs: Costs) -> int:
-        """Bytes of this prompt's cache that a step reads: what the budget promises to bound."""
-        lanes = self.n_read.numel()
-        pages = int(self.n_read.sum()) * costs.page
-        summaries = int(self.n_chunks.sum()) * costs.summary + int(self.dynamic.sum()) * costs.basis
-        entries = int((self.n_fixed + self.n_chunks).sum()) + lanes * (1 + SCALARS)  # one for the tail page
-        entries += int(self.dynamic.sum()) * ROW_SCALARS
-        return pages + summaries + entries * costs.entry
+        """Bytes of this prompt's cache that a step reads."""
+        pages, dynamic = int(self.n_read.sum()) * costs.page, int(self.dynamic.sum())
+        summaries = int(self.n_chunks.sum()) * costs.summary + dynamic * costs.basis
+        numbers = self.n_read.numel() * SCALARS + dynamic * ROW_SCALARS + self.host * int(self.n_retrieve.sum())
+        return pages + summaries + numbers * costs.entry
+
+    def resident_bytes(self, costs: Costs) -> int:
+        """Bytes that a cache made for this prompt holds on the device, every tensor of it, room for new tokens apart.
+
+        The arithmetic is that of the tensors' sizes: rounding, spare pages and all tables are in it.
+        """
+        return Capacity.of([self], None).device_bytes(costs, self.dynamic.shape[1])
+
+    def budget_bytes(self, costs: Costs) -> int:
+        """What the budget bounds: what is held on the device, or, while the store is there as well, what a step reads."""
+        return self.resident_bytes(costs) if self.host else self.step_bytes(costs)
 
 
 def full_bytes(tokens: int, lanes: int, costs: Costs, page_size: int) -> int:
@@ -150,6 +187,8 @@ def full_plan(prefill: Prefill) -> Plan:
         retrieving=dynamic.sum(1),
         n_read=dynamic.long(),
         chunk_order=tile_order(prunable, prefill.spans, config.page_size) if config.tiles else None,
+        host=config.on_host(prefill.like.device),
+        keep_new=config.keep_new,
     )
     return replace(plan, n_read=torch.full(prefill.shape, plan.whole_pages))
 
@@ -217,26 +256,32 @@ def budgeted_plan(
         room = torch.full(dynamic.shape[:1], dynamic.shape[1]) if retrieving is None else retrieving
         return replace(everything, dynamic=ours, retrieving=room * dynamic.any(), n_read=pages, score=score)
 
-    # Charged up front, at least what `step_bytes` will count: every lane's table at its longest, and the summaries.
-    overhead = cap.numel() * (everything.whole_pages + 1 + SCALARS) * costs.entry
-    overhead += int(dynamic.sum()) * (everything.lane_chunks * costs.summary + costs.basis + ROW_SCALARS * costs.entry)
-    total = int(config.budget * full - overhead) // costs.page
-    if total <= int(floor.sum()):
-        least = spend(floor)
-        needed = least.step_bytes(costs) / full
-        if needed >= 1:
-            return replace(everything, no_room=True)
-        if needed > config.budget and config.strict:
-            always = int((~everything.prunable).sum())
-            raise BudgetError(
-                f"a budget of {config.budget:g} can't be met: {always} of the {everything.tokens} prompt tokens (text, "
-                f"sinks, recent) are kept in every head, and with chunk summaries and tables that takes "
-                f"{math.ceil(100 * needed) / 100:.2f} of the full cache. Raise the budget to that, use the full cache, "
-                f"or give more pictures or context to prune."
-            )
-        return least
+    def rounded(total: int) -> int:
+        """As many pages, or fewer, that with the null page make a pool of a size that is not rounded up."""
+        return round_down(total + 1) - 1 if everything.host else total
+
     weight = torch.ones(cap.shape) if weight is None else weight
-    return spend(allocate(total, dynamic, weight, floor, cap, config.dynamic_weight))
+    least, allowed = spend(floor), int(config.budget * full)
+    page = costs.page + everything.host * costs.entry
+    charged = Capacity.of([least], None).n_pages - 1 if everything.host else int(floor.sum())
+    total = rounded(charged + (allowed - least.budget_bytes(costs)) // page)
+    while total > int(floor.sum()):
+        plan = spend(allocate(total, dynamic, weight, floor, cap, config.dynamic_weight))
+        if plan.budget_bytes(costs) <= allowed:
+            return plan
+        total = rounded(total - 1)
+    needed = least.budget_bytes(costs) / full
+    if needed >= 1:
+        return replace(everything, no_room=True)
+    if needed > config.budget and config.strict:
+        always = int((~everything.prunable).sum())
+        raise BudgetError(
+            f"a budget of {config.budget:g} can't be met: {always} of the {everything.tokens} prompt tokens (text, "
+            f"sinks, recent) are kept in every head, and with chunk summaries and tables that takes "
+            f"{math.ceil(100 * needed) / 100:.2f} of the full cache. Raise the budget to that, use the full cache, "
+            f"or give more pictures or context to prune."
+        )
+    return least
 
 
 def check_plan(plan: Plan, prefill: Prefill) -> None:
@@ -256,6 +301,7 @@ def check_plan(plan: Plan, prefill: Prefill) -> None:
 
     check(plan.page_size == config.page_size, f"page_size is {plan.page_size}, the configuration's {config.page_size}")
     check(torch.equal(plan.prunable, everything.prunable), "prunable is not the prompt's")
+    check(plan.host == everything.host, "host is not what config.store says: start from full_plan(prefill)")
     for name, kind in (("dynamic", torch.bool), ("n_read", torch.int64)):
         table = getattr(plan, name)
         fits = table.dtype == kind and table.shape == prefill.shape and table.device.type == "cpu"
@@ -270,6 +316,6 @@ def check_plan(plan: Plan, prefill: Prefill) -> None:
     check(not (plan.dynamic & plan.whole).any(), "a head that keeps everything needs no retrieval")
     check(plan.score is not None or bool((plan.whole | plan.dynamic).all()), "static heads need a score")
     costs = Costs.of_prompt(prefill)
-    spent = plan.step_bytes(costs) / full_bytes(plan.tokens, plan.n_read.numel(), costs, plan.page_size)
+    spent = plan.budget_bytes(costs) / full_bytes(plan.tokens, plan.n_read.numel(), costs, plan.page_size)
     if spent > config.budget < 1 and config.strict and not plan.no_room:
         raise BudgetError(f"the policy's plan takes {spent:.3f} of the full cache, the budget is {config.budget:g}")

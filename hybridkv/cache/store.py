@@ -1,0 +1,179 @@
+"""Where the chunks of dynamic lanes are kept, and how those that a step chose become pages that attention reads.
+
+`DeviceStore`: they are pages of the pool already; the chosen ones are listed.
+
+`HostStore`: they are in host memory, of which the device sees a view. Each dynamic lane has *frames* in the pool, as
+many as it retrieves chunks, and always reads all of them. A step chooses, keeps what is there, and copies what is
+missing into the frames that are not wanted any more. On a CPU "host memory" is an ordinary tensor, and the same code
+runs.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+PAGE = 4096  # what memory is locked by
+
+
+def entries(table: Tensor, k: Tensor) -> Tensor:
+    """Which columns of a table (R, F) are meant: the first k (R,) of each row."""
+    return torch.arange(table.shape[1], device=table.device) < k[:, None]
+
+
+def marked(chunks: Tensor, meant: Tensor, columns: int) -> Tensor:
+    """The meant ones of chunk numbers (R, F) as a mask, (R, columns)."""
+    at = torch.where(meant, chunks, columns).long()
+    none = torch.zeros(len(chunks), columns + 1, dtype=torch.bool, device=chunks.device)
+    return none.scatter(1, at, True)[:, :columns]
+
+
+def exchange(held: Tensor, chosen: Tensor, k: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """What each frame holds once the chosen chunks are in frames, and which frames that changes.
+
+    A chosen chunk that is in a frame stays there. The n-th of the others takes the n-th frame that is not wanted.
+
+    Args:
+        held: (R, F) chunk in each frame, -1 for none. chosen: (R, F) chunks, each once; of both the first k (R,) of a
+            row are meant.
+        there: (R, C) bool, the chunks that are in frames.
+
+    Returns:
+        (R, F) chunks, those that are not meant as they were, and (R, F) bool.
+    """
+    meant = entries(held, k)
+    wanted = marked(chosen, meant, there.shape[1]).gather(1, held.clamp(min=0).long())
+    stays = meant & (held >= 0) & wanted
+    missing = meant & ~there.gather(1, chosen.long())
+    fresh = meant & ~stays  # as many as are missing
+    last = held.shape[1]
+    queue = torch.zeros_like(chosen[:, :1]).expand(-1, last + 1)
+    queue = queue.scatter(1, torch.where(missing, missing.cumsum(1) - 1, last), chosen)
+    given = queue.gather(1, (fresh.cumsum(1) - 1).clamp(min=0))
+    return torch.where(fresh, given.to(held), held), fresh
+
+
+class DeviceStore(nn.Module):
+    """The first pages of the pool."""
+
+    def append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """The pool's tail page is the store's: nothing is left to do."""
+
+
+class HostStore(nn.Module):
+    """Chunks in host memory, as the device sees it, and the table of what the frames in the pool hold.
+
+    Args:
+        pages: of the store. pool_pages: of the pool.
+        like: a tensor with the dtype and device of the keys.
+        stickiness: see `HybridConfig`.
+    """
+
+    def __init__(self, pages: int, pool_pages: int, page_size: int, like: Tensor, stickiness: float):
+        super().__init__()
+        self.page_size, self.stickiness = page_size, stickiness
+        shape = (2, 1, 1, pages * page_size, like.shape[-1])
+        both = host_tensor(shape, like.dtype, like.device, owner=self)
+        self.register_buffer("keys", both[0], persistent=False)
+        self.register_buffer("values", both[1], persistent=False)
+        held = torch.full((pool_pages,), -1, dtype=torch.int32, device=like.device)
+        self.register_buffer("held", held, persistent=False)
+
+    def append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Writes keys and values (N, D) to slots (N,) of the store."""
+        self.keys.index_copy_(2, slots, k[None, None])
+        self.values.index_copy_(2, slots, v[None, None])
+
+    def there(self, frames: Tensor, k: Tensor, columns: int) -> Tensor:
+        """Which chunks are in frames: frames (R, F) pages of the pool, the first k (R,) of a row -> (R, columns)."""
+        held = self.held[frames]
+        return marked(held, entries(held, k) & (held >= 0), columns)
+
+    def favour(self, there: Tensor) -> Tensor | None:
+        """What the mass of each chunk is multiplied by before the best are chosen, (R, C); None for nothing."""
+        return None if self.stickiness == 1 else 1 + there * (self.stickiness - 1)
+
+    def fetch(
+        self, chosen: Tensor, k: Tensor, frames: Tensor, first: Tensor, there: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Brings the chosen chunks into frames, and copies only those that are not in one yet.
+
+        Args:
+            chosen: (R, F) chunks of each lane. frames: (R, F) pages of the pool. The first k (R,) of a row are meant.
+            first: (R,) each lane's first page in the store.
+            there: as `there` says.
+            keys, values: the pool, (1, 1, slots, D).
+
+        Returns:
+            (R,) how many were copied.
+        """
+        held, fresh = exchange(self.held[frames], chosen, k, there)
+        offset = torch.arange(self.page_size, device=frames.device)
+
+        def slots(pages: Tensor) -> Tensor:  # of the null page where nothing is copied
+            return (torch.where(fresh, pages, 0)[..., None] * self.page_size + offset).flatten().long()
+
+        source, target = slots(first[:, None] + held), slots(frames)
+        read = fresh[..., None].expand(-1, -1, self.page_size).reshape(-1, 1).expand(-1, keys.shape[-1])
+        for store, pool in ((self.keys, keys), (self.values, values)):
+            # A load under a mask: frames that stay cost nothing on the way from the host.
+            got = torch.ops.aten._unsafe_masked_index(store[0, 0], read, [source], 0.0)
+            pool.index_copy_(2, target, got[None, None])
+        changed = torch.where(fresh, frames, 0).flatten()  # the null page holds whatever
+        self.held.index_copy_(0, changed, held.flatten().to(self.held))
+        return fresh.sum(1)
+
+    def extra_repr(self) -> str:
+        return f"{self.keys.nbytes + self.values.nbytes} bytes in host memory"
+
+
+class HostMemory:
+    """An ordinary tensor of the host, to be seen from a GPU: CUDA's and ROCm's array interface."""
+
+    def __init__(self, data: Tensor):
+        self.__cuda_array_interface__ = dict(
+            shape=(data.numel(),), typestr="|u1", data=(data.data_ptr(), False), version=3, strides=None
+        )
+
+
+def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: object) -> Tensor:
+    """A tensor in host memory that kernels of the device read and write; its memory is the owner's, and goes with it.
+
+    Locked by `cudaHostRegister`, page by page: torch's own allocator for pinned memory takes powers of two.
+
+    Raises:
+        MemoryError: the host has not so much, or may not lock it.
+    """
+    numbers = torch.Size(shape).numel()
+    size = -(-numbers * dtype.itemsize // PAGE) * PAGE
+    try:
+        block = torch.empty(size + PAGE * (device.type != "cpu"), dtype=torch.uint8)
+    except RuntimeError as e:
+        raise MemoryError(f"the store takes {size:,} bytes of host memory, which there are not") from e
+    if device.type == "cpu":
+        return block[: numbers * dtype.itemsize].view(dtype).view(shape)
+    data = block[-block.data_ptr() % PAGE :][:size]
+    return lock(data, device, owner)[: numbers * dtype.itemsize].view(dtype).view(shape)
+
+
+def lock(data: Tensor, device: torch.device, owner: object) -> Tensor:
+    """The device's view of host memory, which stays locked as long as the owner lives."""
+    runtime = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        status = runtime.cudaHostRegister(data.data_ptr(), data.numel(), 3)  # portable, mapped
+    if int(status) != 0:
+        raise MemoryError(
+            f"{data.numel():,} bytes of host memory can't be locked for the device ({status}): raise the limit "
+            '(ulimit -l, memlock), use a smaller prompt or batch, or HybridConfig(store="device")'
+        )
+    weakref.finalize(owner, unlock, data, device).atexit = False  # the driver frees what is left at the end
+    view = torch.as_tensor(HostMemory(data), device=device)
+    if view.data_ptr() != data.data_ptr():
+        raise MemoryError('this device has no view of host memory: use HybridConfig(store="device")')
+    return view
+
+
+def unlock(data: Tensor, device: torch.device) -> None:
+    """Once no kernel can read it any more."""
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaHostUnregister(data.data_ptr())
