@@ -24,7 +24,7 @@ from hybridkv import Engine, HybridConfig, Sampling
 from hybridkv.cache.attention import attend_gathered, attend_pages, tail_first
 from hybridkv.cache.bounds import KeyBounds
 from hybridkv.cache.exact import ExactKeys
-from hybridkv.cache.retrieve import best_chunks, select
+from hybridkv.cache.retrieve import best_chunks, chunk_pages, select
 from hybridkv.cache.sketch import KeySketch
 from hybridkv.decode import CPU_OPTIONS, DecodeState
 from tests.lab import compiler_output, examples, layer_traces, prompt
@@ -88,7 +88,7 @@ def summary_and_compiled_choice(kind, lanes):
     summary = kind(37, 6, DIM, HybridConfig(), keys)
     pages = [torch.arange(1, 8) + 7 * i for i in range(5)]
     summary.pack(keys, [torch.cat((p, torch.tensor([36]))) for p in pages], torch.arange(1, 6), 7)
-    choose = functools.partial(best_chunks, summary, count=3)
+    choose = functools.partial(best_chunks, summary, count=3, columns=8)
     # The bounds are compiled in test_policies.py, as part of a step.
     return summary, choose if kind is KeyBounds else torch.compile(choose, fullgraph=True, dynamic=False)
 
@@ -106,17 +106,19 @@ def test_lanes_with_chunks_are_scored_alone_as_all_together(case, order, dynamic
     _, lanes = case
     summary, compiled = summary_and_compiled_choice(*case)
     generator = torch.Generator().manual_seed(seed)
-    chunks, n_chunks, row = (torch.zeros(*shape, dtype=torch.int32) for shape in ((lanes, 8), (lanes,), (lanes,)))
+    first, n_chunks, row = (torch.zeros(lanes, dtype=torch.int32) for _ in range(3))
     for number, lane in enumerate([lane for lane in order if lane < lanes][:dynamic]):
-        n_chunks[lane] = n = int(torch.randint(0, 8, (), generator=generator))
-        chunks[lane, :n] = 1 + 7 * number + torch.randperm(7, generator=generator)[:n].int()
-        row[lane] = number + 1
+        n_chunks[lane] = int(torch.randint(0, 8, (), generator=generator))
+        first[lane], row[lane] = 1 + 7 * number, number + 1
     q = torch.randn(lanes, 3, DIM, generator=generator)
+    favour = 1 + torch.randint(0, 2, (lanes, 8), generator=generator)
     k = n_chunks.clamp(max=3)
-    expected = select(summary.scores(q, chunks, n_chunks, row), chunks, k, 3)
-    for found in (compiled(q, chunks, n_chunks, row, k), best_chunks(summary, q, chunks, n_chunks, row, k, 3)):
+    expected = select(summary.scores(q, chunk_pages(first, n_chunks, 8), n_chunks, row) * favour, k, 3)
+    args = (q, first, n_chunks, row, k)
+    for found in (compiled(*args, favour=favour), best_chunks(summary, *args, 3, 8, favour)):
         for lane, n in enumerate(n_chunks.tolist()):
-            assert torch.equal(found[lane, :n], expected[lane, :n])  # scores of random keys are not this close to a tie
+            # Scores of random keys are not this close to a tie.
+            assert torch.equal(found[lane, : min(n, 3)], expected[lane, : min(n, 3)])
 
 
 @pytest.fixture(scope="module")

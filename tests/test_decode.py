@@ -476,7 +476,7 @@ def test_dynamic_heads_stay_in_the_layers_that_retrieve(deep, chosen, retrieving
         engine.generate([prompt(500, seed), prompt(450, 10 + seed)], 20)
         capacity = engine.cache.capacity
         assert (capacity.retrieving, capacity.rows) == (retrieving, 2 * rows)
-        assert engine.cache.chunks.shape[:2] == (sum(retrieving), 2 * rows)
+        assert engine.cache.first.shape == (sum(retrieving), 2 * rows)
         dynamic = engine.cache.row.view(4, -1) > 0
         assert not dynamic[~torch.tensor(retrieving)].any()
         share = min(round(config.dynamic_share * 8) if config.dynamic_share else 0, 2 * sum(retrieving))

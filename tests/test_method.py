@@ -407,9 +407,7 @@ def test_sketch_scores_are_the_attention_mass_of_the_sketched_keys(lanes, group,
             weights = (q[lane] @ approximate[lane, : n * page_size].T * dim**-0.5).softmax(-1)
             mass = weights.view(group, n, page_size).sum(-1).mean(0)
             torch.testing.assert_close(scores[lane, :n], mass, atol=1e-5, rtol=1e-4)
-            assert set(select(scores, table, valid.clamp(max=1), 1)[lane].tolist()) == {
-                int(table[lane, scores[lane].argmax()])
-            }
+            assert select(scores, valid.clamp(max=1), 1)[lane].tolist() == [int(scores[lane].argmax())]
 
 
 @examples(100)
@@ -440,9 +438,8 @@ def test_the_sketch_finds_most_of_the_attention():
     found = best = 0.0
     all25 = torch.tensor([25])
     for i in range(50):
-        chosen = select(
-            sketch_scores(q[:, i : i + 1], pool, table, torch.tensor([250]), basis, step), table, all25, 25
-        )[0]
+        mass = sketch_scores(q[:, i : i + 1], pool, table, torch.tensor([250]), basis, step)
+        chosen = select(mass, all25, 25)[0]
         found += float(exact[i, chosen].sum())
         best += float(exact[i].topk(25).values.sum())
     assert best > 2 * 50 * 0.1  # attention is not spread evenly: a random tenth would find a tenth

@@ -72,10 +72,9 @@ class HostStore(nn.Module):
     def __init__(self, pages: int, pool_pages: int, page_size: int, like: Tensor, stickiness: float):
         super().__init__()
         self.page_size, self.stickiness = page_size, stickiness
-        shape = (2, 1, 1, pages * page_size, like.shape[-1])
-        both = host_tensor(shape, like.dtype, like.device, owner=self)
-        self.register_buffer("keys", both[0], persistent=False)
-        self.register_buffer("values", both[1], persistent=False)
+        for name in ("keys", "values"):
+            shape = (1, 1, pages * page_size, like.shape[-1])
+            self.register_buffer(name, host_tensor(shape, like.dtype, like.device, owner=self), persistent=False)
         held = torch.full((pool_pages,), -1, dtype=torch.int32, device=like.device)
         self.register_buffer("held", held, persistent=False)
 
