@@ -89,7 +89,7 @@ def poison(cache: HybridCache) -> None:
             tensor.index_fill_(2, slots, torch.nan)
 
 
-@examples(40)
+@examples(25)
 @given(
     masks=st.lists(prompts(), min_size=1, max_size=2),
     budget=st.sampled_from([0.3, 0.5, 0.75]),
@@ -133,7 +133,7 @@ def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_
     event(f"evictions {bool(cache.fetched.any())}, fewer frames than chunks {few}")
 
 
-@examples(30)
+@examples(15)
 @given(
     masks=st.lists(prompts(), min_size=1, max_size=2),
     retrieval=st.sampled_from(["sketch", "bound", "exact"]),
