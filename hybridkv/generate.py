@@ -13,9 +13,9 @@ examples:
   a long text, for scripts:
     python -m hybridkv.generate --model FOLDER --context report.txt --prompt "Who signed it?" --json
 
-The answer streams to stdout; progress and the table go to stderr. `--budget` bounds the bytes that a decoding step
-needs of the prompt's cache, sketches and tables included. Chunks of dynamic heads stay on the device for now:
-`resident` shows what is held, `read/step` what a step reads.
+The answer streams to stdout; progress and the table go to stderr. `--budget` bounds the bytes of the prompt's cache,
+sketches and tables included: with `--store host`, the default on a GPU, what the device holds (`resident`; chunks of
+dynamic heads are in host memory, `host`); with `--store device` what a decoding step reads (`read/step`).
 """
 
 import argparse

@@ -63,6 +63,12 @@ def add_cache_options(parser: Parser) -> None:
         help="share of the full cache's bytes in (0, 1], kept or refused (default: 0.1, more for short prompts)",
     )
     add(
+        "--store",
+        choices=("device", "host"),
+        help="where chunks of dynamic heads are: with host, --budget bounds what the device holds (default: host on a "
+        "GPU, device on a CPU)",
+    )
+    add(
         "--head-profile",
         metavar="FILE",
         help="of hybridkv.calibrate: classifies heads by it, and serves sparsemm",
@@ -104,6 +110,8 @@ def cache_config(args: argparse.Namespace) -> HybridConfig:
     if args.policy == "full" and args.budget is not None:
         raise InputError("--policy full keeps everything, whatever --budget says: leave one of the two out")
     chosen = {"strict": False} if args.budget is None else {"budget": args.budget}
+    if args.store is not None:
+        chosen |= {"store": args.store}
     if args.head_profile is not None:
         chosen |= {"classifier": "profile", "head_profile": HeadProfile.load(args.head_profile)}
     return HybridConfig(**chosen)

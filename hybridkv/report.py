@@ -8,13 +8,14 @@ from hybridkv.model import Prompt
 def report(prompt: Prompt, policy: str, text: str, token_ids: list[int], engine: Engine) -> dict:
     """What `--json` prints. A budget that gave way is the one that was spent, and a note says so."""
     stats, budget = engine.stats, engine.config.budget
-    spent = stats.bytes.step / stats.bytes.full
+    spent = stats.bytes.budget / stats.bytes.full
     if policy == "full":
         budget = 1.0
     elif spent > budget < 1:
         say(
             f"note: a budget of {budget:g} can't hold what must be kept of this short prompt; "
-            f"{policy} reads {spent:.1%} of the full cache a step"
+            f"{policy} {'holds' if stats.bytes.host else 'reads'} {spent:.1%} of the full cache"
+            f"{'' if stats.bytes.host else ' a step'}"
         )
         budget = spent
     return {
@@ -28,6 +29,7 @@ def report(prompt: Prompt, policy: str, text: str, token_ids: list[int], engine:
         "dynamic_heads": stats.dynamic_heads,
         "full_bytes": stats.bytes.full,
         "resident_bytes": stats.bytes.resident,
+        "host_bytes": stats.bytes.host,
         "step_bytes": stats.bytes.step,
         "new_token_bytes": stats.bytes.new,
         "allocated_bytes": stats.bytes.allocated,
@@ -44,16 +46,30 @@ def table(rows: list[dict]) -> str:
     """The short table under the answers, one line for each policy."""
     first = rows[0]
     text_tokens = first["prompt_tokens"] - first["visual_tokens"]
-    head = ("cache", "heads static/dynamic", "full", "resident", "read/step", "tokens/step", "first token", "ms/token")
+    head = (
+        "cache",
+        "heads static/dynamic",
+        "full",
+        "resident",
+        "host",
+        "read/step",
+        "tokens/step",
+        "first token",
+        "ms/token",
+    )
     cells = [head]
     for row in rows:
-        share = [f"{size(row[key])} ({row[key] / row['full_bytes']:.1%})" for key in ("resident_bytes", "step_bytes")]
+        resident, read = (
+            f"{size(row[key])} ({row[key] / row['full_bytes']:.1%})" for key in ("resident_bytes", "step_bytes")
+        )
         cells.append(
             (
                 "full" if row["policy"] == "full" else f"{row['policy']} {row['budget']:.2g}",
                 f"{row['static_heads']} / {row['dynamic_heads']}",
                 size(row["full_bytes"]),
-                *share,
+                resident,
+                size(row["host_bytes"]) if row["host_bytes"] else "-",
+                read,
                 f"{row['attended_tokens']:.0f} of {row['prompt_tokens']}",
                 f"{row['ttft_s']:.2f} s",
                 "-" if row["ms_per_token"] is None else f"{row['ms_per_token']:.2f}",

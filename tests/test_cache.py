@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.capacity import bucket
-from hybridkv.cache.sketch import encode, from_words
 from hybridkv.cache.hybrid import LANE_TABLES, ROW_TABLES
+from hybridkv.cache.sketch import encode, from_words
 from tests.lab import (
     Bench,
     at,

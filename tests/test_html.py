@@ -17,7 +17,7 @@ from hybridkv import Engine, HybridCache, HybridConfig, Prefill, demos, generate
 from hybridkv.html import Run, page
 from hybridkv.html.prompt import pictures, pieces
 from hybridkv.model import Processor, from_pretrained
-from tests.lab import chunks_of, prompt
+from tests.lab import chunks_of, fixed_of, prompt
 
 ATTACK = "</script><script>alert('x')</script><img src=x onerror=alert(1)>&amp;\u2028"
 
@@ -108,7 +108,7 @@ def test_what_static_heads_are_said_to_keep_lies_in_their_pages(chain):
     for layer, head in [*(~plan.dynamic).nonzero()[::5].tolist(), *plan.dynamic.nonzero()[:2].tolist()]:
         kind, tokens = run["kinds"][layer][head], run["kept"][layer][head]
         assert kind == ("dynamic" if plan.dynamic[layer, head] else "static")
-        pages = cache.fixed[layer, head, : cache.n_fixed[layer, head]].tolist()
+        pages = fixed_of(cache, layer, head)
         stored = cache.keys.view(-1, cache.page_size, cache.keys.shape[-1])
         if kind == "static":
             tokens, pages = members(tokens), pages[: int(plan.n_read[layer, head])]

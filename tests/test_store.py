@@ -31,6 +31,7 @@ from tests.lab import (
 )
 
 PROMPTS = [prompt(2000, 0), prompt(1500, 1)]
+HOST = HybridConfig(budget=0.5, dynamic_share=0.5, dynamic_weight=0.4, store="host")  # fewer frames than chunks
 
 
 def slow_exchange(held: list[int], chosen: list[int]) -> list[int]:
@@ -102,9 +103,7 @@ def poison(cache: HybridCache) -> None:
 def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_size, steps, seed):
     """After every step each frame holds its chunk bit for bit, and everything else is NaN meanwhile."""
     heads, group, dim = shape
-    config = HybridConfig(
-        budget=budget, dynamic_share=0.5, dynamic_weight=0.4, store="host", stickiness=stickiness, page_size=page_size, keep_new=40
-    )
+    config = replace(HOST, budget=budget, stickiness=stickiness, page_size=page_size, keep_new=40)
     prefills = [
         random_prefill(config, 2, (heads, group, len(m), dim), m, seed + i, torch.float32) for i, m in enumerate(masks)
     ]
@@ -144,7 +143,7 @@ def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_
 def test_host_is_device_for_the_same_choice(masks, retrieval, shape, steps, seed):
     """Without stickiness both choose the same chunks of the same plan, and read the same."""
     heads, group, dim = shape
-    config = HybridConfig(budget=0.5, dynamic_share=0.5, dynamic_weight=0.4, retrieval=retrieval, store="host", stickiness=1.0)
+    config = replace(HOST, retrieval=retrieval, stickiness=1.0)
 
     def prefill(i: int):
         return random_prefill(config, 2, (heads, group, len(masks[i]), dim), masks[i], seed + i, torch.float32)
@@ -163,7 +162,7 @@ def test_host_is_device_for_the_same_choice(masks, retrieval, shape, steps, seed
 
 def appended(steps: int, keep_new: int | None) -> tuple[HybridCache, list[Tensor], HybridCache]:
     """A cache after so many steps of one layer's random keys, those keys, and it again as it began."""
-    config = HybridConfig(budget=0.5, dynamic_share=0.5, dynamic_weight=0.4, store="host", keep_new=keep_new)
+    config = replace(HOST, keep_new=keep_new)
     mask = torch.arange(200) < 180
     prefill = random_prefill(config, 1, (2, 1, 200, 16), mask, 0, torch.float32)
     plan = hybrid_plan(prefill)
@@ -201,7 +200,7 @@ def test_the_store_is_a_record_of_every_step(steps):
 
 def test_what_is_held_follows_a_formula_whatever_is_asked_for():
     """Ten times the new tokens take ten times the summaries, and no page of the pool more."""
-    config = HybridConfig(budget=0.5, dynamic_share=0.5, dynamic_weight=0.4, store="host", keep_new=64)
+    config = replace(HOST, keep_new=64)
     prefill = random_prefill(config, 2, (2, 1, 500, 16), torch.arange(500) < 480, 0, torch.float32)
     plan = hybrid_plan(prefill)
     some, many = (Capacity.of([plan], n) for n in (2000, 20_000))
@@ -211,7 +210,7 @@ def test_what_is_held_follows_a_formula_whatever_is_asked_for():
 
 
 def test_frames_begin_with_what_the_last_query_would_choose():
-    config = HybridConfig(budget=0.4, dynamic_share=0.5, dynamic_weight=0.4, store="host", stickiness=1.0, retrieval="exact")
+    config = replace(HOST, stickiness=1.0, retrieval="exact")
     prefill = random_prefill(config, 2, (2, 2, 500, 16), torch.arange(500) < 480, 0, torch.float32)
     q = [layer.q[:, -1].clone() for layer in prefill.layers]
     plan = hybrid_plan(prefill)
@@ -230,9 +229,7 @@ def test_stickiness_saves_fetches():
     counts, generator = [], torch.Generator().manual_seed(0)
     draws = [[torch.randn(1, n, 1, 16, generator=generator) for n in (4, 2, 2)] for _ in range(12)]
     for stickiness in (1.0, 2.0, 8.0):
-        config = HybridConfig(
-            budget=0.4, dynamic_share=0.5, dynamic_weight=0.4, store="host", stickiness=stickiness, retrieval="exact"
-        )
+        config = replace(HOST, stickiness=stickiness, retrieval="exact")
         prefill = random_prefill(config, 1, (2, 2, 900, 16), torch.arange(900) < 880, 0, torch.float32)
         plan = hybrid_plan(prefill)
         cache = HybridCache(Capacity.of([plan], 12), 1, prefill)
@@ -259,14 +256,14 @@ def model():
     return random_model(tiny_config(layers=3, hidden_size=96, heads=7, kv_heads=1, head_dim=16, tie=False))
 
 
-HOST = HybridConfig(budget=0.4, store="host", keep_new=24)
+SMALL = HybridConfig(budget=0.4, store="host", keep_new=24)
 
 
 @pytest.mark.compiles
 def test_compiled_is_uncompiled(model):
     """One graph for two sequences and for other prompts after them; no copy of the pool or of the store."""
-    expected = Engine(model, HOST, compile=False).generate(PROMPTS, 60)
-    engine = Engine(model, HOST)
+    expected = Engine(model, SMALL, compile=False).generate(PROMPTS, 60)
+    engine = Engine(model, SMALL)
     counters.clear()
     before = layer_traces()
     with compiler_output() as code:
@@ -285,5 +282,5 @@ def test_compiled_is_uncompiled(model):
     with torch.compiler.set_stance("fail_on_recompile"):
         again = engine.generate([prompt(1990, 2), prompt(1480, 3)], 60)
     assert engine.cache is cache
-    twin = Engine(model, HOST, compile=False).generate([prompt(1990, 2), prompt(1480, 3)], 60)
+    twin = Engine(model, SMALL, compile=False).generate([prompt(1990, 2), prompt(1480, 3)], 60)
     assert [r.token_ids for r in again] == [r.token_ids for r in twin]

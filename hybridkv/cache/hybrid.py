@@ -36,8 +36,8 @@ class CacheBytes:
 
     Attributes:
         full: a plain full cache of the prompts.
-        resident: held on the device by a cache that is made for these prompts, every tensor of it, spare pages included,
-            room for new tokens apart. With the store on the host it is what the budget bounds.
+        resident: held on the device by a cache that is made for these prompts: every tensor, spare pages included, room
+            for new tokens apart. With the store on the host it is what the budget bounds.
         host: held in host memory: the store, room for new tokens included.
         step: read by one decoding step; with the store on the device it is what the budget bounds.
         new: pages and summaries taken for generated tokens, on top of `resident`.
@@ -206,7 +206,9 @@ class HybridCache(nn.Module):
 
     def _run(self, layer: Tensor, found: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The pages of each lane's run that are read whole, behind the first k (L,) of the pages found, (L, F)."""
-        start, n_full, tail, row = (of(layer, table)[:, None] for table in (self.start, self.n_full, self.tail, self.row))
+        start, n_full, tail, row = (
+            of(layer, table)[:, None] for table in (self.start, self.n_full, self.tail, self.row)
+        )
         column = torch.arange(self.capacity.full + (0 if found is None else found.shape[1]), device=layer.device).int()
         page = start + (column if k is None else column - k[:, None])
         page = page + ((page >= tail) & (row == 0))  # in a ring the tail may lie before pages that are full
@@ -259,7 +261,9 @@ class HybridCache(nn.Module):
         if not self.capacity.covers(Capacity.of(plans, new_tokens)):
             raise ValueError("these prompts do not fit: make a cache with Capacity.of(plans, new_tokens)")
         self._plans, self._placement = list(plans), place(plans, self.capacity, new_tokens)
-        tables = {name: torch.stack([getattr(p, name) for p in plans], 1) for name in ("fill", "n_chunks", "n_retrieve")}
+        tables = {
+            name: torch.stack([getattr(p, name) for p in plans], 1) for name in ("fill", "n_chunks", "n_retrieve")
+        }
         tables |= vars(self._placement)
         tables = {name: rearrange(table, "l b h -> l (b h)") for name, table in tables.items()}
         for name in LANE_TABLES:
@@ -306,7 +310,7 @@ class HybridCache(nn.Module):
         self.values.index_copy_(2, slots, v[None, None])
 
     def _fill_frames(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, q: Tensor | None) -> None:
-        """Frames begin with what the question's last query, (Hq, D), would choose; without one, with the first chunks."""
+        """Frames begin with what the question's last query, (Hq, D), would choose, or with the first chunks."""
         plan, placement = self._plans[b], self._placement
         tables = (placement.first[:, b], placement.start[:, b], plan.n_chunks, plan.n_retrieve)
         first, start, n_chunks, k = (table[layer, dynamic].to(rows.device) for table in tables)
@@ -338,10 +342,7 @@ class HybridCache(nn.Module):
             lane = self.lane[n][self.lane[n] < lanes].long().cpu()
             chunks[layer, lane] = self.n_chunks[n, : len(lane)].cpu().long()
         summed = int((dynamic * (chunks - begun + (fill == 0))).sum())
-        if self.capacity.host:
-            pages = int((dynamic & (fill == 0)).sum())
-        else:
-            pages = summed
+        pages = int((dynamic & (fill == 0)).sum()) if self.capacity.host else summed
         pages += int((~dynamic * (self.n_full.cpu() - n_fixed + (fill == 0))).sum())
         elsewhere = ("store.keys", "store.values", "recording.chosen")
         return CacheBytes(

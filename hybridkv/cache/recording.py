@@ -1,7 +1,7 @@
 """What a cache kept of its prompts and what each step retrieved, for who wants to look at it.
 
-Only a cache made with `record=True` has this. Its compiled step writes the chosen chunks into one more buffer; any other
-cache's step has neither the buffer nor the copy, and no branch that could take it.
+Only a cache made with `record=True` has this. Its compiled step writes the chosen chunks into one more buffer; any
+other cache's step has neither the buffer nor the copy, and no branch that could take it.
 """
 
 from dataclasses import dataclass, field

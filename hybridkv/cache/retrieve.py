@@ -44,7 +44,7 @@ def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
 
 
 def chunk_pages(first: Tensor, n_chunks: Tensor, columns: int) -> Tensor:
-    """Store pages of each lane's chunks, one after the other from first (R,) on: (R, columns), 0 where there is none."""
+    """Pages of each lane's chunks, one after the other from first (R,) on: (R, columns), 0 where there is none."""
     chunk = torch.arange(columns, device=first.device)
     return torch.where(chunk < n_chunks[:, None], first[:, None] + chunk, 0)
 

@@ -167,7 +167,7 @@ class Plan:
         return Capacity.of([self], None).device_bytes(costs, self.dynamic.shape[1])
 
     def budget_bytes(self, costs: Costs) -> int:
-        """What the budget bounds: what is held on the device, or, while the store is there as well, what a step reads."""
+        """What the budget bounds: what the device holds, or, while the store is there as well, what a step reads."""
         return self.resident_bytes(costs) if self.host else self.step_bytes(costs)
 
 
