@@ -12,6 +12,8 @@ examples:
     python -m hybridkv.generate --model FOLDER --image a.png --image b.png --prompt "What changed?" --compare
   a long text, for scripts:
     python -m hybridkv.generate --model FOLDER --context report.txt --prompt "Who signed it?" --json
+  many prompts, a JSON object a line:
+    python -m hybridkv.generate --model FOLDER --batch prompts.jsonl --out answers.jsonl
 
 The answer streams to stdout; progress and the table go to stderr. `--budget` bounds the bytes of the prompt's cache,
 sketches and tables included: with `--store host`, the default on a GPU, what the device holds (`resident`; chunks of
@@ -27,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from hybridkv import demos
+from hybridkv.batch import answer_lines
 from hybridkv.cli import (
     Parser,
     Status,
@@ -65,6 +68,14 @@ def build_parser() -> Parser:
     add_answer_options(parser)
     add("--report", metavar="FILE", help="a page of HTML: what was kept, and what each word fetched", **once)
     add("--json", action="store_true", help="one JSON object for each policy on stdout, nothing else there")
+    add("--batch", metavar="FILE", help="a prompt a line, as JSON (docs/command-line.md); wants --out", **once)
+    add(
+        "--out",
+        metavar="FILE",
+        help="where the answers of --batch go; what is answered there is not asked again",
+        **once,
+    )
+    add("--memory", type=float, metavar="GB", help="for the caches of --batch (default: a quarter of what is free)")
     return parser
 
 
@@ -136,6 +147,10 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(f"{demo.name:10}{demo.about}" for demo in demos.by_name().values()))
         return
     config, sampling = cache_config(args), Sampling(args.temperature, args.top_p, args.seed)
+    if not (args.batch is args.out is args.memory is None):
+        if answer_lines(args, config, sampling, choose_device(args.device)):
+            raise SystemExit(2)
+        return
     demo, device = choose_demo(args), choose_device(args.device)
     if args.report is not None:
         check_target(args.report)
