@@ -77,6 +77,7 @@ class Batch:
         self.last: tuple[str, Reading] | None = None  # the reading that was asked last
 
     def run(self, lines: list[Line]) -> None:
+        self.at_once = min(AT_ONCE, len(lines))
         for first in range(0, len(lines), WINDOW):
             pixels: dict[str, Tensor | None] = {}  # those that are equal are held once
             some = lines[first : first + WINDOW]
@@ -130,10 +131,12 @@ class Batch:
     def _ask(self, jobs: list[Job], engine: Engine, shared: set[str]) -> None:
         """Asks some lines at once; if that can't be, in two halves, and what can't be asked alone has gone wrong."""
         waiting = list(jobs)
+        missing = self.at_once - len(jobs) if engine.compile else 0  # filled up: another size would need another graph
+        if missing and jobs[-1].heavy:
+            shared = shared | {jobs[-1].heavy}  # then what it is filled up with is read once
         try:
             given = [self._given(job, shared) for job in jobs]
             limits = [job.limit for job in jobs]
-            missing = self.at_once - len(jobs) if engine.compile else 0  # a full batch needs no other graph
             given, limits = given + given[-1:] * missing, limits + [1] * missing
             for b, row in ended(engine, given, limits, self.sampling):
                 if b < len(jobs):

@@ -112,6 +112,22 @@ def test_a_run_goes_on_where_it_was_cut_off(vlm, files, tmp_path, monkeypatch, c
     assert "line 1, is no answer of this command" in capsys.readouterr().err and out.read_text() == "a diary\n"
 
 
+def test_compiled_batches_are_all_of_one_size(vlm, files, tmp_path, monkeypatch):
+    """A batch of another size would need another graph. Here nothing is compiled really."""
+    rows, stream, asked = rows_of(files)[:5], Engine.stream, []
+    expected = ask(vlm, write(tmp_path / "in", rows), tmp_path / "out")
+    monkeypatch.setattr(Engine, "stream", lambda self, b, *more: asked.append(len(b)) or stream(self, b, *more))
+    monkeypatch.setattr(Engine, "_compile", lambda self: None)
+    monkeypatch.setattr(batch, "can_compile", lambda device: True)
+    monkeypatch.setattr(batch, "AT_ONCE", 3)
+    generate.main(
+        ["--model", str(vlm), "--batch", str(tmp_path / "in"), "--out", str(tmp_path / "other"), "--no-calibration",
+         "--max-new-tokens", "8"]
+    )  # fmt: skip
+    got = sorted(map(json.loads, (tmp_path / "other").read_text().splitlines()), key=lambda row: row["line"])
+    assert got == expected and asked == [3, 3]
+
+
 BAD = [
     ("nonsense", "no JSON"),
     ("[" * 100_000, "no JSON"),
