@@ -13,12 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration
 
 from bench import leaderboard
+from demo import boards as bd
 from hybridkv import Engine, HybridConfig, demos
-from hybridkv.lmms.answer import Costs, Generation, answer, our_messages
+from hybridkv.lmms.answer import Costs, Generation, answer, batches, our_messages
+from hybridkv.lmms.answer_hf import answer_hf
 from hybridkv.model import InputError, Processor, from_pretrained
 from tests import lmms_data
+from tests.test_parity import reference_inputs
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "bench" / "lmms_tasks"
@@ -187,6 +191,60 @@ def test_answers_are_those_of_the_engine_and_costs_are_counted(boards):
     assert 0 < shares["step_share"] < shares["resident_share"] < 1
     assert shares["resident_bytes"] == costs.resident / 3
     assert Costs().shares() == {}
+
+
+def about(picture: object, text: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", "url": picture}, {"type": "text", "text": text}]}]
+
+
+def test_questions_about_one_picture_share_a_reading(monkeypatch):
+    one, other = (bd.make_sample("test", i, "lookup", 12, 12) for i in (0, 1))
+    keys = [q.text for q in (one.question, other.question)]
+    asked = [about(one.images[0], keys[0]), about(one.images[0].copy(), keys[1]), about(one.images[0], "Follow a.")]
+    asked += [about(other.images[0], keys[1]), [{"role": "user", "content": [{"type": "text", "text": keys[0]}]}]]
+    asked += [about(other.images[0], keys[1])]
+    assert [(shared, len(group)) for shared, group in batches(iter(asked), 2)] == [(True, 3), (False, 2), (False, 1)]
+    running, read = engine("hybridkv", 0.3), []
+    reading = Engine.read
+    monkeypatch.setattr(Engine, "read", lambda self, prompt: read.append(prompt) or reading(self, prompt))
+    costs, how = Costs(), Generation(8)
+    together = list(answer(running, bundled()[1], iter(asked), how, costs, size=2))
+    alone = [next(answer(running, bundled()[1], [messages], how, Costs())) for messages in asked]
+    assert together == alone and len(read) == 1 and costs.prompts == 6
+    assert together[0][0] == one.question.answer
+
+
+class TheirProcessor:
+    """A processor of transformers, as far as it is used, for the bundled model; its own wants torchvision."""
+
+    def __init__(self):
+        self.model, self.ours = bundled()
+
+    def apply_chat_template(self, conversations: list, padding: bool, **how) -> BatchFeature:
+        rows = [reference_inputs(self.model, self.ours(messages)) for messages in conversations]
+        longest = max(row["input_ids"].shape[1] for row in rows)
+        inputs = {}
+        for name in rows[0]:
+            parts = [row[name] for row in rows]
+            if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                parts = [torch.nn.functional.pad(part, (longest - part.shape[1], 0)) for part in parts]
+            inputs[name] = torch.cat(parts)
+        return BatchFeature(inputs)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self.ours.decode(ids)
+
+
+def test_the_adapter_answers_as_our_engine_does():
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(demos.MODEL, dtype=torch.float32).eval()
+    model.set_attn_implementation("hybridkv")
+    samples = [bd.make_sample("test", i, "lookup", 12, 12) for i in range(3)]
+    asked = [about(sample.images[0], sample.question.text) for sample in samples]
+    costs, how = [Costs(), Costs()], Generation(8)
+    theirs = list(answer_hf(model, TheirProcessor(), iter(asked), how, costs[0], 2, budget=0.4, strict=False))
+    ours = list(answer(engine("hybridkv", 0.4), bundled()[1], iter(asked), how, costs[1], 2))
+    assert theirs == ours and [text for text, _ in ours] == [sample.question.answer for sample in samples]
+    assert costs[0].step == costs[1].step and costs[0].tokens == costs[1].tokens
 
 
 # ---- end to end, where lmms-eval is ----

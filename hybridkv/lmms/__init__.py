@@ -2,7 +2,8 @@
 
     lmms-eval --model hybridkv --model_args pretrained=FOLDER,budget=0.1,policy=hybridkv --tasks nextqa_mc_test
 
-`hybridkv` is our Qwen2.5-VL (`ours.py`). What it does with a request is in `answer.py`, which needs no lmms-eval.
+`hybridkv` is our Qwen2.5-VL (`ours.py`), `hybridkv_hf` any model of transformers that the adapter knows (`adapter.py`).
+What they do with requests is in `answer.py` and `answer_hf.py`, which need no lmms-eval.
 """
 
 
@@ -10,4 +11,7 @@ def manifests() -> list:
     """What lmms-eval asks for: names, and where their classes are."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return [ModelManifest(model_id="hybridkv", chat_class_path="hybridkv.lmms.ours.HybridKV")]
+    return [
+        ModelManifest(model_id="hybridkv", chat_class_path="hybridkv.lmms.ours.HybridKV"),
+        ModelManifest(model_id="hybridkv_hf", chat_class_path="hybridkv.lmms.adapter.HybridKVHF"),
+    ]

@@ -1,9 +1,13 @@
-"""From lmms-eval's chat messages and generation arguments to answers of an engine."""
+"""From lmms-eval's chat messages and generation arguments to answers of an engine. Imports nothing of lmms-eval."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
-from hybridkv.engine import Engine
+from PIL import Image
+
+from hybridkv.engine import Engine, Stats
 from hybridkv.model import InputError, Processor
 from hybridkv.sampling import Sampling
 
@@ -82,11 +86,11 @@ class Costs:
     step: int = 0
     full: int = 0
 
-    def add(self, engine: Engine, prompts: int, tokens: int) -> None:
+    def add(self, stats: Stats, prompts: int, tokens: int) -> None:
         """Counts one batch. (The reference for speed, `dense`, counts no bytes.)"""
         self.prompts += prompts
         self.tokens += tokens
-        if counted := engine.stats.bytes:
+        if counted := stats.bytes:
             self.resident += counted.resident
             self.step += counted.step
             self.full += counted.full
@@ -102,20 +106,71 @@ class Costs:
         }
 
 
+def subject(messages: Sequence[dict]) -> bytes | None:
+    """What a conversation is about: a digest of all up to its last picture or video; None without any."""
+    parts = [(message["role"], part) for message in messages for part in message["content"]]
+    last = max((i for i, (_, part) in enumerate(parts) if part["type"] != "text"), default=-1)
+    digest = hashlib.sha256()
+    for role, part in parts[: last + 1]:
+        source = part.get("text", part.get("url"))
+        if isinstance(source, Image.Image):
+            digest.update(repr((source.mode, source.size)).encode() + source.tobytes())
+        digest.update(repr((role, part["type"], source if isinstance(source, str) else "")).encode())
+    return digest.digest() if last >= 0 else None
+
+
+def batches(conversations: Iterable[Sequence[dict]], size: int) -> Iterator[tuple[bool, list[Sequence[dict]]]]:
+    """Conversations in their order, `size` at a time, and whether they are all about one subject.
+
+    Those that follow each other and have a subject in common stay together, so that it is read once.
+    """
+    alone: list[Sequence[dict]] = []
+    for about, group in groupby(conversations, key=subject):
+        group = list(group)
+        if about is not None and len(group) > 1:
+            if alone:
+                yield False, alone
+                alone = []
+            yield True, group
+            continue
+        for one in group:
+            alone.append(one)
+            if len(alone) == size:
+                yield False, alone
+                alone = []
+    if alone:
+        yield False, alone
+
+
 def answer(
-    engine: Engine, processor: Processor, conversations: Sequence[Sequence[dict]], how: Generation, costs: Costs, **look
-) -> list[tuple[str, int]]:
-    """Answers one batch.
+    engine: Engine,
+    processor: Processor,
+    conversations: Iterable[Sequence[dict]],
+    how: Generation,
+    costs: Costs,
+    size: int = 1,
+    **look,
+) -> Iterator[tuple[str, int]]:
+    """Answers conversations in their order; questions about one picture that follow each other share a reading.
 
     Args:
         conversations: lmms-eval's messages, for each prompt.
         costs: what it took is added here.
+        size: prompts that are answered together.
         look: how pictures and videos are read, for `Processor`: `fps`, `min_pixels`, `max_pixels`.
 
-    Returns:
+    Yields:
         for each its answer, and of how many tokens.
     """
-    prompts = [processor(our_messages(messages), **look) for messages in conversations]
-    results = engine.generate(prompts, how.max_new_tokens, how.sampling)
-    costs.add(engine, len(prompts), sum(len(result.token_ids) for result in results))
-    return [(how.cut(processor.decode(result.token_ids)), len(result.token_ids)) for result in results]
+    for together, group in batches(conversations, size):
+        reading = None
+        for first in range(0, len(group), size):
+            prompts = [processor(our_messages(messages), **look) for messages in group[first : first + size]]
+            if together:
+                reading = reading or engine.read(prompts[0])
+                results = engine.ask(reading, prompts, how.max_new_tokens, how.sampling)
+            else:
+                results = engine.generate(prompts, how.max_new_tokens, how.sampling)
+            costs.add(engine.stats, len(prompts), sum(len(result.token_ids) for result in results))
+            for result in results:
+                yield how.cut(processor.decode(result.token_ids)), len(result.token_ids)
