@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.common import add_model_arguments, copy_bandwidth, describe, make_model, random_prefill, write_row
 from bench.decode import plain_bytes
+from bench.kernels import launched
 from hybridkv.cache import attention
 from hybridkv.cache.dense import DenseCache, DenseLayer, attend_heads, attend_rows
 from hybridkv.cache.hybrid import HybridCache
@@ -134,6 +135,8 @@ def measure(model: Model, context: int, page_size: int, args: argparse.Namespace
     if args.kernels:
         for name, run in runs.items():
             found[name]["kernels"] = longest(run, q.is_cuda, len(layers), args.kernels)
+            if q.is_cuda:
+                found[name]["kernels_a_layer"] = launched(run) / len(layers)
     return found
 
 
@@ -179,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "roofline_share": each["bytes"] / bandwidth * 1e3 / ms,
                 "speedup_vs_sdpa": best / ms,
                 "kernels": each["kernels"],
+                "kernels_a_layer": each.get("kernels_a_layer"),
             }
             print(
                 f"{page_size:5d} {context:8d} {name:>14} {ms:9.3f} {high - low:9.3f} {each['bytes'] / 1e6:9.1f} "

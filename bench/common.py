@@ -17,6 +17,7 @@ from hybridkv.model import from_pretrained
 from hybridkv.model.checkpoint import resolve
 from hybridkv.model.config import Config, load_config
 from hybridkv.model.decoder import Model
+from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.prefill import LayerProfile, Prefill
 
 QUESTION = 64  # tokens at the end of a random context that every head keeps
@@ -121,6 +122,14 @@ def random_model(cfg: Config, device: str = "cpu", dtype: torch.dtype = torch.fl
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     return model
+
+
+def spread_profile(cfg: Config, share: float) -> HeadProfile:
+    """A head profile by which a share of the layers needs retrieval: as many as that is, spread evenly."""
+    need = torch.zeros(cfg.num_hidden_layers, cfg.num_key_value_heads)
+    count = max(1, round(share * len(need)))
+    need[torch.linspace(0, len(need) - 1, count).round().long()] = 1.0
+    return HeadProfile(need, need)
 
 
 def random_prefill(model: Model, tokens: int, config: HybridConfig, seed: int = 0) -> Prefill:

@@ -10,13 +10,15 @@ Contenders, on the same weights, contexts and machine, run interleaved in one pr
     transformers  transformers' own model on its StaticCache; compiled
     eager         transformers' own model on its DynamicCache, as `generate` runs it; only if asked for
     hybridkv B    the compressed cache with a budget of B; compiled
+    hybridkv B in S     the same, with dynamic heads in a share S of the layers (--retrieving-layers)
     hybridkv N tokens   the same with the smallest budget whose steps read N of the prompt's tokens (--attended)
 
 Keys and values of the context are random (a prefill would take minutes and change nothing), and the configured share of
 the heads is dynamic, so that random attention does not distort the budget.
 
 A step must at least read the weights and its share of the cache. `roofline` is the share of the step's time that this
-takes at the bandwidth of a copy, measured in the same run; `at most` is the speed-up over `dense` that the bytes allow.
+takes at the bandwidth of a copy, measured in the same run; `at most` is the speed-up over `dense` that the bytes allow;
+`kernels` are those of a step for each layer, on a GPU (`bench.kernels` counts them without one).
 """
 
 import argparse
@@ -37,9 +39,11 @@ from bench.common import (
     describe,
     make_model,
     random_prefill,
+    spread_profile,
     weight_bytes,
     write_row,
 )
+from bench.kernels import launched
 from bench.peers import transformers_decode
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine, Sampling
@@ -47,7 +51,18 @@ from hybridkv.model.decoder import Model
 from hybridkv.planning.budget import BudgetError
 from hybridkv.planning.plan import hybrid_plan
 
-COLUMNS = ("ms/step", "spread", "tokens/s", "MB read", "GB/s", "roofline", "speed-up", "at most", "compile s")
+COLUMNS = (
+    "ms/step",
+    "spread",
+    "tokens/s",
+    "MB read",
+    "GB/s",
+    "roofline",
+    "speed-up",
+    "at most",
+    "compile s",
+    "kernels",
+)
 CONTENDERS = ("dense", "full", "transformers", "hybridkv", "eager")
 WARM_UP = 3  # steps after the first: CUDA graphs are recorded on the second call
 
@@ -129,7 +144,7 @@ def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: i
 
 
 def contenders(model: Model, args: argparse.Namespace, context: int, batch: int) -> list[Contender]:
-    sizes = (context, batch, 1 + WARM_UP + args.steps)
+    sizes = (context, batch, 2 + WARM_UP + args.steps)  # kernels are counted in one more
     config = HybridConfig(budget=1.0, page_size=args.page_size)
     field = [ours(model, "dense", config, *sizes)]
 
@@ -145,7 +160,11 @@ def contenders(model: Model, args: argparse.Namespace, context: int, batch: int)
     field += [theirs(model, compiled, *sizes) for name, compiled in kinds.items() if name in args.contenders]
     if "hybridkv" in args.contenders:
         for budget in args.budgets:
-            paged(f"hybridkv {budget:g}", "hybridkv", partial(replace, config, budget=budget))
+            for share in args.retrieving_layers:
+                name = f"hybridkv {budget:g}" + f" in {share:g}" * (share < 1)
+                profile = spread_profile(model.cfg, share) if share < 1 else None
+                settings = dict(budget=budget, head_profile=profile, retrieving_layers=share)
+                paged(name, "hybridkv", partial(replace, config, **settings))
         for tokens in args.attended:
             paged(f"hybridkv {tokens} tokens", "hybridkv", partial(budget_reading, model, config, context, tokens))
     return field
@@ -168,6 +187,8 @@ def measure(model: Model, args: argparse.Namespace, context: int, batch: int, ba
     times, weights = interleaved(field, args.steps), weight_bytes(model)
     median = {name: statistics.median(values) for name, values in times.items()}
     full = [each.name for each in field if each.budget == 1]
+    layers = model.cfg.num_hidden_layers
+    kernels = {each.name: launched(each.step) / layers for each in field} if model.device.type == "cuda" else {}
     rows = []
     for each in field:
         low, _, high = statistics.quantiles(times[each.name], n=4)
@@ -189,6 +210,7 @@ def measure(model: Model, args: argparse.Namespace, context: int, batch: int, ba
                 "speedup_vs": {name: median[name] / ms for name in full},
                 "speedup_limit": (weights + field[0].cache_bytes) / read,
                 "compile_s": each.compile_s,
+                "kernels": kernels.get(each.name),
             }
         )
     return rows
@@ -200,6 +222,7 @@ def line(row: dict) -> str:
         f"{row['batch']:5d} {row['context']:8d} {row['contender']:>21}{ms:10.3f}{row['ms_spread']:10.3f}"
         f"{row['tokens_per_s']:10.0f}{read / 1e6:10.1f}{read / ms / 1e6:10.1f}{row['roofline_share']:10.0%}"
         f"{row['speedup_vs']['dense']:9.2f}x{row['speedup_limit']:9.2f}x{row['compile_s']:10.1f}"
+        + ("" if row["kernels"] is None else f"{row['kernels']:10.1f}")
     )
 
 
@@ -251,6 +274,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--batches", type=int, nargs="+", default=[1], help="sequences decoded together (default: 1)")
     add("--budgets", type=float, nargs="*", default=[0.05, 0.1, 0.2], help="of hybridkv (default: 0.05 0.1 0.2)")
+    add(
+        "--retrieving-layers",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="shares of the layers in which heads of hybridkv may be dynamic (default: 1)",
+    )
     add("--attended", type=int, nargs="*", default=[], help="and with so many prompt tokens read a step")
     add("--page-size", type=int, default=HybridConfig.page_size, help="tokens of a page (default: 16)")
     add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")

@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, most important first: the tests, then speed and memory of the 7B's decoder with
-# random weights. Takes a quarter of an hour at most: a step that is not done in its time is cut off, and the next one
-# begins. What is measured is written at once, to bench/results/*-cuda.jsonl or the folder given as the first argument.
-# (Training is a command of its own: python -m demo.train FOLDER.)
+# Everything that needs a CUDA device, most important first: whole steps, dense against hybrid at a tenth, on the 7B's
+# decoder with random weights; then the tests, then attention by part, prefill and memory. Takes ten minutes at most, five
+# with --quick, more with --all: a step that is not done in its time is cut off, and the next one begins. What is measured
+# is written at once, to bench/results/*-cuda.jsonl or the folder given as an argument. Wants torch 2.11 or later and what
+# pyproject.toml names; nothing is installed or downloaded. (Training is a command of its own: python -m demo.train FOLDER.)
 #
-#     bash bench/gpu.sh [FOLDER]
+#     bash bench/gpu.sh [--quick | --all] [FOLDER]
 set -uo pipefail
 cd "$(dirname "$0")/.."
+how=usual
+case ${1:-} in
+--quick | --all) how=${1#--} && shift ;;
+-*) echo "bench/gpu.sh knows --quick and --all, not $1" >&2 && exit 2 ;;
+esac
 results=${1:-bench/results}
-mkdir -p "$results"
-shape=${SHAPE:---shape qwen2.5-vl-7b --dtype bfloat16} # SHAPE="--shape small" proves the script on a CPU
+mkdir -p "$results" || exit 2
+shape=${SHAPE:---shape qwen2.5-vl-7b --dtype bfloat16} # SHAPE="--shape small --device cpu" proves the script on a CPU
+long=${LONG:-32768}
 
 step() { # seconds, name, command...
     local seconds=$1 name=$2
@@ -20,23 +27,36 @@ step() { # seconds, name, command...
     [ "$status" -eq 0 ] || echo "=== $name ended with $status"
 }
 
+decode() { # seconds, name, options...: compiling takes 20 to 40 seconds a contender, of a step of milliseconds
+    local seconds=$1 name=$2
+    shift 2
+    step "$seconds" "$name" python -m bench.decode $shape --budgets 0.1 --steps 20 "$@" --out "$results/decode-cuda.jsonl"
+}
+
+ours="--contenders dense hybridkv --retrieving-layers"
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 python -c "import torch; print('torch', torch.__version__)"
-step 110 tests python -m pytest -q -m cuda tests
-step 70 attention python -m bench.attention $shape --contexts 32768 --page-sizes 16 64 --repeats 30 --kernels 15 \
-    --out "$results/attention-cuda.jsonl"
-step 180 decode python -m bench.decode $shape --contexts 32768 --budgets 0.1 --contenders dense full hybridkv \
-    --out "$results/decode-cuda.jsonl"
-step 120 decode-batch python -m bench.decode $shape --contexts 32768 --batches 8 --budgets 0.1 \
-    --contenders dense full hybridkv --out "$results/decode-cuda.jsonl"
-step 60 memory python -m bench.memory $shape --contexts 8192 32768 --contenders dense hybridkv "hybridkv ahead" \
+if [ "$how" = quick ]; then
+    decode 110 decode-batch --contexts "$long" --batches 8 $ours 0.5
+    decode 90 decode --contexts "$long" $ours 0.5
+    step 90 tests python -m pytest -q -x -m cuda tests
+    exit
+fi
+decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5 0.25
+decode 100 decode --contexts "$long" $ours 0.5
+step 100 tests python -m pytest -q -m cuda tests
+step 60 attention python -m bench.attention $shape --contexts "$long" --repeats 30 --kernels 15 \
+    --contenders flex hybridkv --out "$results/attention-cuda.jsonl"
+step 60 attention-batch python -m bench.attention $shape --contexts "$long" --batch 8 --repeats 20 --kernels 15 \
+    --contenders flex hybridkv --out "$results/attention-cuda.jsonl"
+step 50 prefill python -m bench.prefill $shape --contexts 8192 "$long" --repeats 3 --out "$results/prefill-cuda.jsonl"
+step 60 memory python -m bench.memory $shape --contexts "$long" --contenders dense hybridkv \
     --out "$results/memory-cuda.jsonl"
-step 40 prefill python -m bench.prefill $shape --contexts 8192 32768 --repeats 3 --out "$results/prefill-cuda.jsonl"
+[ "$how" = all ] || exit
+decode 150 decode-short --contexts 8192 --batches 8 $ours 1 0.5
 # A tenth of 32,768 tokens is about 3,277: how much longer does a step take that reads as many of a longer context?
-step 120 decode-long python -m bench.decode $shape --contexts 131072 --budgets 0.1 --attended 3277 \
-    --contenders dense hybridkv --out "$results/decode-cuda.jsonl"
-step 80 transformers python -m bench.decode $shape --contexts 8192 --budgets 0.1 \
-    --contenders dense transformers hybridkv --out "$results/decode-cuda.jsonl"
+decode 120 decode-long --contexts 131072 --attended 3277 --contenders dense hybridkv
+decode 100 transformers --contexts 8192 --contenders dense transformers hybridkv
 # The compiler's own tiles, then other numbers of them in flight, then smaller ones. Few contenders: each is compiled anew.
-step 60 tiles python -m bench.attention $shape --contexts 32768 --page-sizes 64 --contenders flex --repeats 20 \
-    --kernel-options num_stages=3 BLOCK_N=16 num_stages=1 BLOCK_N=32 --out "$results/attention-cuda.jsonl"
+step 90 tiles python -m bench.attention $shape --contexts "$long" --page-sizes 16 64 --contenders flex --repeats 20 \
+    --kernel-options num_stages=2 num_stages=4 BLOCK_N=16 --out "$results/attention-cuda.jsonl"

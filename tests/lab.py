@@ -1,9 +1,6 @@
 """What the tests share: random prompts, and a bench on which a cache runs beside the plain tensors it stands for."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,10 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import compilation_time_metrics
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor.graph import GraphLowering
 
+from bench.kernels import compiler_output
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.pack import lane_tokens
 from hybridkv.model import Prompt
@@ -103,18 +98,6 @@ configs = st.builds(
     keep_new=st.sampled_from([None, None, 1, 20]),
 )
 shapes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 6, 7]), st.sampled_from([8, 16, 32]))  # H, G, D
-
-
-@contextmanager
-def compiler_output() -> Iterator[list[str]]:
-    """What the compiler writes meanwhile, module by module. From a cache would come no code, so there is none."""
-    code: list[str] = []
-    with (
-        inductor_config.patch(fx_graph_cache=False),
-        functorch_config.patch(enable_autograd_cache=False),
-        patch.object(GraphLowering, "save_output_code", code.append),
-    ):
-        yield code
 
 
 def layer_traces() -> int:

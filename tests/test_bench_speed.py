@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import attention, common, compile_time, decode, memory, prefill
+from bench import attention, common, compile_time, decode, kernels, memory, prefill
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import HybridConfig, Prefill, engine, hybrid_plan
@@ -83,15 +83,20 @@ def test_the_decode_bench_says_what_it_leaves_out(capsys, monkeypatch):
     """Budgets that do not fit, and pools that no kernel reads; the others are measured."""
     model = common.random_model(common.shape_config(2, 4, 1, 32, 32, 32, 64, True))
     args = argparse.Namespace(
-        contenders=["dense", "full", "hybridkv"], budgets=[1e-5, 0.3], attended=[5000], steps=1, page_size=16
-    )
+        contenders=["dense", "full", "hybridkv"], budgets=[1e-5, 0.3], attended=[5000], steps=1, page_size=16,
+        retrieving_layers=[1.0, 0.5],
+    )  # fmt: skip
 
     def refuse(numbers, device):
         if numbers > 2 * 4 * 4000 * 32:  # what the full cache takes
             raise ValueError("too large a pool")
 
     monkeypatch.setattr(engine, "check_pool", refuse)
-    assert [each.name for each in decode.contenders(model, args, 4000, 1)] == ["dense", "hybridkv 0.3"]
+    assert [each.name for each in decode.contenders(model, args, 4000, 1)] == [
+        "dense",
+        "hybridkv 0.3",
+        "hybridkv 0.3 in 0.5",
+    ]
     said = capsys.readouterr().out
     for text in ("full: too large", "hybridkv 1e-05: a budget of 1e-05 can't", "hybridkv 5000 tokens: no budget reads"):
         assert text in said
@@ -279,3 +284,36 @@ def test_a_plain_prefill_keeps_the_keys_and_values_of_a_profiled_one(model):
     for a, b in zip(*(record.layers for record in records), strict=True):
         torch.testing.assert_close(a.k, b.k)
         torch.testing.assert_close(a.v, b.v)
+
+
+# bench.kernels
+
+CODE = """
+cpp_fused_add_0 = async_compile.cpp('void kernel()')
+def subgraph_0(args):
+    buf0 = empty_strided_cpu((1, 2))
+    cpp_fused_add_0(arg0, buf0)
+    buf1 = torch.ops.aten.cumsum.default(buf0, dim=0)
+    assert_size_stride(buf1, (2, ), (1, ), 'torch.ops.aten.cumsum.default')
+    extern_kernels.mm(buf0, buf1, out=buf2)
+    return buf2
+def subgraph_1_while_loop_body_graph_0(args):
+    triton_red_fused_1.run(arg0, 4, stream=stream0)
+def subgraph_1(args):
+        triton_poi_fused_2.run(arg0, 4, stream=stream0)
+def call(args):
+    triton_poi_fused_3.run(arg0, 4, stream=stream0)
+"""
+
+
+def test_kernels_are_read_off_the_code_region_by_region():
+    first = ["cpp_fused_add_0", "torch.ops.aten.cumsum", "extern_kernels.mm"]
+    assert kernels.regions(CODE) == [(first, []), (["triton_poi_fused_2"], ["triton_red_fused_1"])]
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+def test_the_kernels_of_both_kinds_of_layers_are_printed(capsys):
+    kernels.main(["--layers", "2", "--context", "700", "--budget", "0.4", *CPU])
+    out = capsys.readouterr().out
+    assert out.count("kernels in a layer") == 2 and "in each turn of its loop" in out and "flex_attention" in out

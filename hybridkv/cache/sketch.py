@@ -25,7 +25,7 @@ def fit_sketch(k: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     k = k.float()
     mean = k.mean(1, keepdim=True)
     covariance = (k - mean).transpose(1, 2) @ (k - mean)
-    # On the CPU always: 0.6 ms for a head of 128 (one core of an AMD EPYC). On an H200 a layer's took 13 to 14 ms there.
+    # On the CPU always: 0.6 ms for a head of 128 (a core of an AMD EPYC). An H100 took 13 to 14 ms for a layer's heads.
     basis = torch.linalg.eigh(covariance.cpu()).eigenvectors[..., -rank:].to(k.device)
     z = k @ basis
     offset = (mean @ basis)[:, 0]
