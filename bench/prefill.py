@@ -34,7 +34,7 @@ class Plain(Prefill):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nothing = q.new_zeros(())
         self.like = k[0, :, :0]
-        self.layers.append(LayerProfile(k[0], v[0], *[nothing] * 5))
+        self.layers.append(LayerProfile(k[0], v[0], k[0, :, :0], *[nothing] * 4))
         return causal_attention(q, k, v)
 
 
