@@ -285,7 +285,7 @@ class HybridCache(nn.Module):
     def pack(self, b: int, layer: int, kept: Kept) -> None:
         """Copies what is kept of one layer of prompt `b` into its slots, and sums up its chunks.
 
-        On a GPU all of it is asked for, and nothing waited for.
+        On a GPU all of it is asked for; what dynamic lanes' keys vary by is the only thing waited for (`fit_sketch`).
         """
         plan, placement, device = self._plans[b], self._placement, self.keys.device
         slots = layer_slots(placement, plan, layer, b)
