@@ -15,16 +15,14 @@ takes from that only which layers retrieve. A profile of prompts like yours know
 
 import argparse
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from hybridkv import demos
-from hybridkv.cli import Parser, check_length, choose_device, one_line_errors, positive, read_text
+from hybridkv.cli import Parser, check_length, choose_device, one_line_errors, positive, read_text, replacing
 from hybridkv.config import HybridConfig
 from hybridkv.model import InputError, Model, Processor, Prompt, from_pretrained
 from hybridkv.planning.head_profile import HeadProfile
@@ -104,29 +102,6 @@ def sample(line: str) -> dict:
     return row
 
 
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A new file that takes the place of `file` at the end, unless something goes wrong.
-
-    It is made at once, so that a folder that is missing or can't be written to is found before the work is done.
-    """
-    try:
-        file = file.resolve()  # a link stays one
-        usable = not file.exists() or (file.is_file() and os.access(file, os.W_OK))
-        new = file.with_name(f".hybridkv-{os.getpid()}.tmp")
-        if usable:
-            new.touch()
-    except (OSError, RuntimeError, ValueError) as e:  # links in a circle; a NUL, or no name at all
-        raise InputError(f"--out {file} can't be written: {getattr(e, 'strerror', e)}") from e
-    if not usable:
-        raise InputError(f"--out {file} is no file that can be replaced")
-    try:
-        yield new
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def build_parser() -> Parser:
     parser = Parser("calibrate", __doc__)
     add = parser.add_argument
@@ -151,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     check_prunes(config)
     if args.prompts is None and args.model != "demo":
         raise InputError("--prompts is missing: only the bundled model has samples of its own")
-    with replacing(args.out) as file:
+    with replacing(args.out, "--out") as file:
         folder = demos.MODEL if args.model == "demo" else args.model
         processor = Processor.from_pretrained(folder)
         if args.prompts is None:

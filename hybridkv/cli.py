@@ -15,7 +15,6 @@ from hybridkv.version import __version__
 
 try:
     from hybridkv.model import InputError, Prompt
-    from hybridkv.model.pictures import short
 except ModuleNotFoundError as e:
     if e.name != "hybridkv.model":
         raise
@@ -234,19 +233,30 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def check_target(path: str) -> None:
-    """Refuses a file that can't be written, before anything is computed for it.
+@contextmanager
+def replacing(file: Path, option: str) -> Iterator[Path]:
+    """A new file that takes the place of `file` at the end, unless something goes wrong.
 
-    Raises:
-        InputError: it is a folder, or its folder is missing or closed to us.
+    It is made at once, so that a folder that is missing or can't be written to is found before the work is done.
+
+    Args:
+        option: that named the file, for errors.
     """
-    folder = os.path.dirname(path) or "."
-    if "\0" in path or not path or os.path.isdir(path):
-        raise InputError(f"{short(path)} is no file that can be written: name one")
-    if not os.path.isdir(folder):
-        raise InputError(f"{short(path)} can't be written: there is no folder {short(folder)}")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise InputError(f"{short(path)} can't be written: permission denied")
+    try:
+        file = file.resolve()  # a link stays one
+        usable = not file.exists() or (file.is_file() and os.access(file, os.W_OK))
+        new = file.with_name(f".hybridkv-{os.getpid()}.tmp")
+        if usable:
+            new.touch()
+    except (OSError, RuntimeError, ValueError) as e:  # links in a circle; a NUL, or no name at all
+        raise InputError(f"{option} {file} can't be written: {getattr(e, 'strerror', e)}") from e
+    if not usable:
+        raise InputError(f"{option} {file} is no file that can be replaced")
+    try:
+        yield new
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def check_length(prompt: Prompt, new_tokens: int, limit: int) -> None:

@@ -23,6 +23,7 @@ dynamic heads are in host memory, `host`); with `--store device` what a decoding
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -35,12 +36,13 @@ from hybridkv.cli import (
     Status,
     can_compile,
     check_length,
-    check_target,
     choose_device,
     one_line_errors,
     read_text,
+    replacing,
     say,
 )
+from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine
 from hybridkv.html import Run, page
 from hybridkv.model import InputError, Model, Processor, Prompt, from_pretrained
@@ -152,8 +154,19 @@ def run(args: argparse.Namespace) -> None:
             raise SystemExit(2)
         return
     demo, device = choose_demo(args), choose_device(args.device)
-    if args.report is not None:
-        check_target(args.report)
+    with nullcontext() if args.report is None else replacing(Path(args.report), "--report") as file:
+        answer_one(args, config, sampling, demo, device, file)
+
+
+def answer_one(
+    args: argparse.Namespace,
+    config: HybridConfig,
+    sampling: Sampling,
+    demo: demos.Demo | None,
+    device: torch.device,
+    file: Path | None,
+) -> None:
+    """Answers one prompt with each policy that is asked for; the page about it goes to `file`, if there is one."""
     if demo and not args.json:
         pictures = " ".join(str(image) for image in demo.images)
         print(f"demo:     {demo.name} (--list-demos names the others)\npicture:  {pictures}")
@@ -165,17 +178,17 @@ def run(args: argparse.Namespace) -> None:
     for policy in dict.fromkeys((args.policy, "full") if args.compare else (args.policy,)):
         if args.compare and not args.json:
             print(f"--- {policy} cache" + (f", budget {config.budget:g}" if policy != "full" else ""), flush=True)
-        engine = Engine(model, config, policy, model.cfg.eos_token_id, compile, record=args.report is not None)
+        engine = Engine(model, config, policy, model.cfg.eos_token_id, compile, record=file is not None)
         text, token_ids = answer(engine, processor, prompt, args.max_new_tokens, sampling, show=not args.json)
         rows.append(report(prompt, policy, text, token_ids, engine))
-        if args.report is not None:
+        if file:
             runs.append(Run.of(engine, token_ids))
         if args.json:
             print(json.dumps(rows[-1]), flush=True)
     if not args.json:
         say("\n" + table(rows))
-    if runs:
-        Path(args.report).write_text(page(processor, prompt, runs), encoding="utf-8")
+    if file:
+        file.write_text(page(processor, prompt, runs), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

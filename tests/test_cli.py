@@ -267,11 +267,11 @@ def test_where_a_profile_can_not_go_is_found_before_anything_is_loaded(out, tmp_
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     (tmp_path / "real").write_text("before")
     (tmp_path / "link").symlink_to("real")
-    with pytest.raises(KeyboardInterrupt), calibrate.replacing(tmp_path / "link") as new:
+    with pytest.raises(KeyboardInterrupt), cli.replacing(tmp_path / "link", "--out") as new:
         new.write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "real").read_text() == "before"
-    with calibrate.replacing(tmp_path / "link") as new:
+    with cli.replacing(tmp_path / "link", "--out") as new:
         new.write_text("after")
     assert (tmp_path / "real").read_text() == "after" and (tmp_path / "link").is_symlink()
     assert len(list(tmp_path.iterdir())) == 2

@@ -258,3 +258,15 @@ def test_the_command_writes_one_page_for_both_caches(vlm, tmp_path, capsys):
     for run, row in zip(data["runs"], rows, strict=True):
         assert len(run["answer"]) == len(row["token_ids"])
     assert html.count("<rect x=") == 5  # the full cache, and resident and step of each
+
+
+def test_a_store_in_host_memory_is_recorded_and_shown(tiny):
+    asked = prompt(400, 0)
+    device, host = (recorded(tiny, asked, budget=0.4, store=store) for store in ("device", "host"))
+    cache, (record,) = host.cache, host.cache.recording.records
+    assert record.retrieved[-1]
+    for (layer, head), chosen in record.retrieved[-1].items():
+        frames = int(cache.start[layer, head]) + torch.arange(len(chosen))
+        assert cache.store.held[frames].sort().values.tolist() == chosen.tolist()  # what is in the lane's frames now
+    html = host.report(tiny[1], asked, [1, 2, 3])
+    assert "in host memory: " in html and "in host memory: " not in device.report(tiny[1], asked, [1, 2, 3])

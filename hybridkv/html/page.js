@@ -84,13 +84,16 @@ function buildPrompt() {
   }
 }
 
+const tint = (color, share) => `color-mix(in srgb, var(--${color}) ${Math.round(100 * share)}%, transparent)`;
+
 function drawPrompt(kept, fetched) {
-  const most = Math.max(1, kept.heads), most2 = Math.max(1, fetched.heads);
   for (const [token, span] of spans) {
-    const k = kept.counts[token] / most, f = fetched.counts[token] / most2;
-    const color = f ? "var(--dynamic)" : "var(--static)", share = f ? 0.25 + 0.6 * f : 0.6 * k;
-    span.style.background = share ? `color-mix(in srgb, ${color} ${Math.round(100 * share)}%, transparent)` : "";
-    span.className = fetched.fresh[token] ? "fresh" : "";
+    const k = kept.heads ? kept.counts[token] / kept.heads : 0, f = fetched.heads ? fetched.counts[token] / fetched.heads : 0;
+    const lines = [];
+    if (k) lines.push(`inset 0 -3px ${tint("static", 0.3 + 0.7 * k)}`);
+    if (fetched.fresh[token]) lines.push("inset 0 2px var(--dynamic)");
+    span.style.background = f ? tint("dynamic", 0.15 + 0.6 * f) : "";
+    span.style.boxShadow = lines.join(", ");
   }
 }
 
@@ -230,6 +233,7 @@ function draw() {
     each.figure.hidden = each.what === "fetched" && !retrieves;
     drawPicture(each, each.what === "kept" ? { ...kept, fresh: null } : fetched);
   }
+  byId("prompt-legend").hidden = !spans.length;
   byId("legend").textContent = retrieves
     ? "Veiled: by no head. The clearer, the more heads. Outlined: fetched now, and not for the word before."
     : "Veiled: by no head. The clearer, the more heads.";
