@@ -195,12 +195,11 @@ class Chat:
         stats = self.engine.stats
         if stats.bytes is None:
             raise InputError("nothing was answered to its end yet")
-        speed = "" if stats.ms_per_token is None else f", then {stats.ms_per_token:.1f} ms a token"
+        used, speed = stats.bytes, "" if stats.ms_per_token is None else f", then {stats.ms_per_token:.1f} ms a token"
         say(
-            f"({self.engine.policy}, budget {self.engine.config.budget:g}: a step reads {size(stats.bytes.step)} of "
-            f"{size(stats.bytes.full)} ({stats.bytes.step / stats.bytes.full:.1%}), {size(stats.bytes.resident)} on "
-            f"the device, the reading {size(self.read_bytes)} in host memory; first token after {stats.ttft_s:.2f} "
-            f"s{speed})"
+            f"({self.engine.policy}, budget {self.engine.config.budget:g}: a step reads {size(used.step)} of "
+            f"{size(used.full)} ({used.step / used.full:.1%}); {size(used.resident)} on the device, "
+            f"{size(self.read_bytes + used.host)} in host memory; first token after {stats.ttft_s:.2f} s{speed})"
         )
 
 

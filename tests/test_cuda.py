@@ -100,3 +100,15 @@ def test_a_step_neither_waits_nor_allocates(model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.max_memory_allocated() - before < pool / 4
+
+
+@pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])
+def test_a_reading_comes_over_the_bus(model, policy):
+    """Questions about a reading in host memory; layers come over one by one."""
+    engine = Engine(model, HybridConfig(budget=0.3), policy, compile=False)
+    whole = prompt(3000, 0)
+    reading = engine.read(whole, tokens=2900)
+    assert all(not t.is_cuda and t.is_pinned() for t in (*reading.k, *reading.v))
+    assert engine.ask(reading, whole, 20) == engine.generate([whole], 20)[0]
+    longer = engine.read(whole, reading, 2950)
+    assert engine.ask(longer, whole, 20) == engine.generate([whole], 20)[0]

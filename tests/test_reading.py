@@ -118,6 +118,7 @@ def test_a_reading_survives_other_budgets_policies_and_windows(model):
         ("hybridkv", dict(classifier="threshold", window=64)),
         ("quest", {}),
         ("hybridkv", dict(sinks=0, recent=60, tiles=True)),
+        ("hybridkv", dict(store="host", budget=0.6)),
     ]:
         engine = Watched(model, config(**chosen), policy)
         tokens, plans, _ = answers(engine, [whole])

@@ -1,0 +1,41 @@
+"""`bench.readings`, small: that its rows say what was asked, and how."""
+
+import json
+
+import pytest
+
+from bench import readings
+
+
+def rows_of(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_questions_about_a_board(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    command = ["--tokens", "64", "--questions", "2", "--subjects", "2", "--policies", "hybridkv", "full"]
+    readings.main([*command, "--out", str(out)])
+    rows, printed = rows_of(out), capsys.readouterr().out
+    assert [row["policy"] for row in rows] == ["hybridkv", "full"] and "question 1" in printed
+    for row in rows:
+        assert row["questions"] == 2 and row["tokens"] == 64 and row["command"].endswith(str(out))
+        assert row["same"] == 1 and row["right"] == row["right_again"]
+        assert row["right_kept"] is None or 0 <= row["right_kept"] <= 1
+        assert row["next_s"] > 0 and row["again_s"] > 0 and row["read_s"] < row["first_s"]
+        assert 0 < row["new_tokens_read"] < row["prompt_tokens"] - 64 and row["reading_bytes"] > 0
+    assert rows[1]["right_kept"] == rows[1]["right"]  # what is whole serves every question
+
+
+def test_questions_about_a_text(llama, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    command = ["--model", str(llama), "--tokens", "300", "--questions", "2", "--policies", "snapkv", "--budget", "0.5"]
+    readings.main([*command, "--out", str(out)])
+    (row,) = rows_of(out)
+    assert row["questions"] == 1 and row["budget"] == 0.5 and row["new_tokens_read"] < row["prompt_tokens"] - 200
+
+
+@pytest.mark.parametrize("command", [["--questions", "1"], ["--subjects", "0"]])
+def test_what_is_no_measurement(command, capsys):
+    with pytest.raises(SystemExit):
+        readings.main(command)
+    assert "make a measurement" in capsys.readouterr().err
