@@ -123,6 +123,16 @@ def again(prefill: Prefill, config: HybridConfig) -> Prefill:
     return copy
 
 
+def limit_of(cases: Sequence[Case], path: list[list[int]] | None) -> int:
+    """How many answer tokens `decode` looks at."""
+    return max(map(len, path)) + 1 if path else max(case.limit for case in cases)
+
+
+def steps_of(cases: Sequence[Case], path: list[list[int]] | None) -> int:
+    """How many steps `decode` takes."""
+    return max(len(case.then) for case in cases) + limit_of(cases, path) - 1
+
+
 def decode(
     engine: Engine, read: Read, cases: Sequence[Case], path: list[list[int]] | None = None
 ) -> tuple[list[list[int]], list[Tensor]]:
@@ -136,8 +146,7 @@ def decode(
         first token's, which the prefill decides, unless a second turn came before it.
     """
     turns = [case.then for case in cases]
-    limit = max(map(len, path)) + 1 if path else max(case.limit for case in cases)
-    steps = max(map(len, turns)) + limit - 1
+    limit, steps = limit_of(cases, path), steps_of(cases, path)
     engine.load([again(prefill, engine.config) for prefill in read.prefills], steps + 1)
     engine.begin(read.positions, steps + 1, Sampling(), read.first.device)
     state, cache = engine.state, engine.cache
@@ -217,9 +226,9 @@ class Lab:
                 cut(row, eos, min(case.limit, len(want) + 1)) != want
                 for row, case, want in zip(tokens, cases, path, strict=True)
             )
+            cached, new = engine.cache.count_bytes(), engine.cache.new_chunks(steps_of(cases, path))
             if answers and deviates:
                 tokens, _ = decode(engine, read, cases)  # following its own tokens, it goes elsewhere
-            cached = engine.cache.count_bytes()
             yield (
                 variant.name,
                 [
@@ -231,6 +240,7 @@ class Lab:
                         "resident_bytes": cached.resident / len(cases),
                         "full_bytes": cached.full / len(cases),
                         "step_bytes": cached.step / len(cases),
+                        "new_chunks": new,
                         "attended_tokens": engine.stats.attended_tokens,
                         "prompt_tokens": len(case.prompt.input_ids),
                         "visual_tokens": case.prompt.visual_tokens,

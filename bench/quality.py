@@ -47,6 +47,8 @@ def summary(rows: list[dict]) -> dict:
         out |= {"accuracy": right.mean(), "accuracy_ci": bootstrap(right)}
     kl = np.array([row["kl"] for row in rows])
     out |= {"kl": kl.mean(), "kl_ci": bootstrap(kl), "kl_each": kl.round(6).tolist()}
+    if rows[0]["new_chunks"] is not None:  # the store is on the host
+        out |= {"new_chunks": mean("new_chunks")}
     costs = ("resident_bytes", "full_bytes", "step_bytes", "attended_tokens", "prompt_tokens", "visual_tokens")
     return out | {key: mean(key) for key in costs}
 

@@ -57,7 +57,7 @@ def unique(rows: Sequence[dict], *keys: str) -> list[tuple]:
 
 
 def markdown(rows: list[dict], intervals: bool = False, against: Sequence[dict] = ()) -> str:
-    """See the module. Costs are means over the tasks.
+    """See the module. Costs are means over the tasks; `new chunks`: how many of those read a step had to be fetched.
 
     Args:
         intervals: write 95% intervals of KL instead of KL alone.
@@ -71,6 +71,8 @@ def markdown(rows: list[dict], intervals: bool = False, against: Sequence[dict] 
         mine = [row for row in rows if (row["model"], row["tokens"]) == (model, tokens)]
         tasks = unique(mine, "task")
         head = ["policy", "budget", *(task for (task,) in tasks), "resident", "read a step", "tokens a step"]
+        fetches = any("new_chunks" in row for row in mine)
+        head += ["new chunks"] * fetches
         samples = " or ".join(map(str, sorted({row["samples"] for row in mine})))
         lines = [f"{model}, {tokens} tokens, {samples} prompts a task", "", f"| {' | '.join(head)} |"]
         lines.append("|---" * len(head) + "|")
@@ -81,7 +83,11 @@ def markdown(rows: list[dict], intervals: bool = False, against: Sequence[dict] 
             for cost in ("resident_bytes", "step_bytes"):
                 cells.append(f"{np.mean([row[cost] / row['full_bytes'] for row in found.values()]):.1%}")
             share = np.mean([row["attended_tokens"] / row["prompt_tokens"] for row in found.values()])
-            lines.append(f"| {' | '.join([f'`{policy}`', f'{budget:g}', *cells, f'{share:.1%}'])} |")
+            cells.append(f"{share:.1%}")
+            if fetches:
+                new = [row["new_chunks"] for row in found.values() if "new_chunks" in row]
+                cells.append(f"{np.mean(new):.0%}" if new else "")
+            lines.append(f"| {' | '.join([f'`{policy}`', f'{budget:g}', *cells])} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

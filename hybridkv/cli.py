@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hybridkv.cache.store import StoreError
 from hybridkv.version import __version__
 
 try:
@@ -118,6 +119,8 @@ def one_line(error: Exception, out_of_memory: str) -> str | None:
     Args:
         out_of_memory: what to do about that.
     """
+    if isinstance(error, StoreError):
+        return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         return f"out of memory: {out_of_memory}"
     if isinstance(error, ValueError):  # InputError, CheckpointError, BudgetError, and what a configuration refuses

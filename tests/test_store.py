@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Capacity, Engine, HybridCache, HybridConfig, hybrid_plan
-from hybridkv.cache.store import HostStore, entries, exchange, marked
+from hybridkv.cache.store import HostStore, StoreError, entries, exchange, marked
+from hybridkv.cli import one_line
 from tests.lab import (
     Bench,
     chunks_of,
@@ -247,8 +248,9 @@ def test_a_store_that_can_not_be_had_says_so(monkeypatch):
 
     like = torch.zeros(1, 16)
     monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(MemoryError, match="bytes of host memory"):
+    with pytest.raises(StoreError, match="bytes of host memory") as error:
         HostStore(100, 10, 16, like, 1.0)
+    assert one_line(error.value, "lower --max-pixels") == str(error.value)
 
 
 @pytest.fixture(scope="module")

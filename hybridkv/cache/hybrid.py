@@ -324,6 +324,11 @@ class HybridCache(nn.Module):
         there = self.store.there(frames, k, columns)
         self.store.fetch(chosen, k, frames, first, there, self.keys, self.values)
 
+    def new_chunks(self, steps: int) -> float | None:
+        """Share of the chunks read in so many steps that had to be fetched; None if all are on the device."""
+        read = steps * int(self.n_retrieve.sum())
+        return int(self.fetched.sum()) / max(read, 1) if self.capacity.host else None
+
     def record_step(self) -> None:
         """Adds the step that has just run to the records. Synchronises."""
         self.recording.take(self.lane, self.n_retrieve, self.retrieving.tolist())

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 PAGE = 4096  # what memory is locked by
 
 
+class StoreError(MemoryError):
+    """Host memory for a store that there is not, or that may not be locked; the message says what helps."""
+
+
 def entries(table: Tensor, k: Tensor) -> Tensor:
     """Which columns of a table (R, F) are meant: the first k (R,) of each row."""
     return torch.arange(table.shape[1], device=table.device) < k[:, None]
@@ -141,14 +145,14 @@ def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     Locked by `cudaHostRegister`, page by page: torch's own allocator for pinned memory takes powers of two.
 
     Raises:
-        MemoryError: the host has not so much, or may not lock it.
+        StoreError: the host has not so much, or may not lock it.
     """
     numbers = torch.Size(shape).numel()
     size = -(-numbers * dtype.itemsize // PAGE) * PAGE
     try:
         block = torch.empty(size + PAGE * (device.type != "cpu"), dtype=torch.uint8)
     except RuntimeError as e:
-        raise MemoryError(f"the store takes {size:,} bytes of host memory, which there are not") from e
+        raise StoreError(f"the store takes {size:,} bytes of host memory, which there are not") from e
     if device.type == "cpu":
         return block[: numbers * dtype.itemsize].view(dtype).view(shape)
     data = block[-block.data_ptr() % PAGE :][:size]
@@ -161,14 +165,14 @@ def lock(data: Tensor, device: torch.device, owner: object) -> Tensor:
     with torch.cuda.device(device):
         status = runtime.cudaHostRegister(data.data_ptr(), data.numel(), 3)  # portable, mapped
     if int(status) != 0:
-        raise MemoryError(
+        raise StoreError(
             f"{data.numel():,} bytes of host memory can't be locked for the device ({status}): raise the limit "
             '(ulimit -l, memlock), use a smaller prompt or batch, or HybridConfig(store="device")'
         )
     weakref.finalize(owner, unlock, data, device).atexit = False  # the driver frees what is left at the end
     view = torch.as_tensor(HostMemory(data), device=device)
     if view.data_ptr() != data.data_ptr():
-        raise MemoryError('this device has no view of host memory: use HybridConfig(store="device")')
+        raise StoreError('this device has no view of host memory: use HybridConfig(store="device")')
     return view
 
 
