@@ -12,9 +12,12 @@ Contenders, on the same weights, contexts and machine, run interleaved in one pr
     hybridkv B    the compressed cache with a budget of B; compiled
     hybridkv B in S     the same, with dynamic heads in a share S of the layers (--retrieving-layers)
     hybridkv N tokens   the same with the smallest budget whose steps read N of the prompt's tokens (--attended)
+    ... store S   with chunks of dynamic heads on the device or in host memory (--stores)
 
 Keys and values of the context are random (a prefill would take minutes and change nothing), and the configured share of
-the heads is dynamic, so that random attention does not distort the budget.
+the heads is dynamic, so that random attention does not distort the budget. Queries of random weights hardly change from
+step to step; so, with the store on the host, a share of the frames (--new-chunks) is emptied before each step, outside
+of its time, and what they held is fetched again.
 
 A step must at least read the weights and its share of the cache. `roofline` is the share of the step's time that this
 takes at the bandwidth of a copy, measured in the same run; `at most` is the speed-up over `dense` that the bytes allow;
@@ -45,6 +48,7 @@ from bench.common import (
 )
 from bench.kernels import launched
 from bench.peers import transformers_decode
+from hybridkv.cache.hybrid import HybridCache
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine, Sampling
 from hybridkv.model.decoder import Model
@@ -75,6 +79,7 @@ class Contender:
         step: takes one step, (B,) tokens.
         cache_bytes: of the contexts' cache that a step must read.
         compile_s: seconds of the first step.
+        cache: of ours on pages; None for the others.
     """
 
     name: str
@@ -82,6 +87,17 @@ class Contender:
     step: Callable[[], Tensor]
     cache_bytes: int
     compile_s: float = 0.0
+    cache: HybridCache | None = None
+
+    @property
+    def host(self) -> bool:
+        return self.cache is not None and self.cache.capacity.host
+
+    def empty(self, share: float) -> None:
+        """Takes the chunks out of a share of the frames."""
+        if self.host:
+            held = self.cache.store.held
+            held.masked_fill_(torch.rand(held.shape, device=held.device) < share, -1)
 
     def warm_up(self) -> "Contender":
         start = time.perf_counter()
@@ -118,7 +134,8 @@ def budget_reading(model: Model, config: HybridConfig, context: int, tokens: int
             high, found = middle, read
         else:
             low = middle
-    if not tokens <= found <= tokens + config.page_size:
+    coarse = tokens / 8 if config.on_host(model.device) else 0  # a pool's sizes are rounded
+    if not tokens <= found <= tokens + config.page_size + coarse:
         raise ValueError(f"no budget reads {tokens} of {context} tokens")
     return replace(config, budget=high)
 
@@ -133,7 +150,8 @@ def ours(
         engine.begin([context] * batch, new_tokens, Sampling(), model.device)
     paged = policy != "dense"
     cache = engine.cache.count_bytes().step if paged else plain_bytes(model, context, batch)
-    return Contender(name or policy, config.budget, torch.no_grad()(engine.step), cache)
+    step = torch.no_grad()(engine.step)
+    return Contender(name or policy, config.budget, step, cache, cache=engine.cache if paged else None)
 
 
 def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: int) -> Contender:
@@ -159,22 +177,26 @@ def contenders(model: Model, args: argparse.Namespace, context: int, batch: int)
     kinds = {"transformers": True, "eager": False}
     field += [theirs(model, compiled, *sizes) for name, compiled in kinds.items() if name in args.contenders]
     if "hybridkv" in args.contenders:
-        for budget in args.budgets:
-            for share in args.retrieving_layers:
-                name = f"hybridkv {budget:g}" + f" in {share:g}" * (share < 1)
-                profile = spread_profile(model.cfg, share) if share < 1 else None
-                settings = dict(budget=budget, head_profile=profile, retrieving_layers=share)
-                paged(name, "hybridkv", partial(replace, config, **settings))
-        for tokens in args.attended:
-            paged(f"hybridkv {tokens} tokens", "hybridkv", partial(budget_reading, model, config, context, tokens))
+        for store in args.stores or [None]:
+            kept, named = replace(config, store=store), f" store {store}" if store else ""
+            for budget in args.budgets:
+                for share in args.retrieving_layers:
+                    name = f"hybridkv {budget:g}" + f" in {share:g}" * (share < 1) + named
+                    profile = spread_profile(model.cfg, share) if share < 1 else None
+                    settings = dict(budget=budget, head_profile=profile, retrieving_layers=share)
+                    paged(name, "hybridkv", partial(replace, kept, **settings))
+            for tokens in args.attended:
+                reading = partial(budget_reading, model, kept, context, tokens)
+                paged(f"hybridkv {tokens} tokens{named}", "hybridkv", reading)
     return field
 
 
-def interleaved(field: list[Contender], steps: int) -> dict[str, list[float]]:
-    """Milliseconds of each step of each contender, one after the other in turn."""
+def interleaved(field: list[Contender], steps: int, new_chunks: float = 0.0) -> dict[str, list[float]]:
+    """Milliseconds of each step of each contender, one after the other in turn; see `Contender.empty`."""
     times: dict[str, list[float]] = {each.name: [] for each in field}
     for _ in range(steps):
         for each in field:
+            each.empty(new_chunks)
             start = time.perf_counter()
             each.step().tolist()
             times[each.name].append((time.perf_counter() - start) * 1e3)
@@ -184,7 +206,10 @@ def interleaved(field: list[Contender], steps: int) -> dict[str, list[float]]:
 def measure(model: Model, args: argparse.Namespace, context: int, batch: int, bandwidth: float) -> list[dict]:
     """A row for each contender."""
     field = [each.warm_up() for each in contenders(model, args, context, batch)]
-    times, weights = interleaved(field, args.steps), weight_bytes(model)
+    for each in field:
+        if each.host:
+            each.cache.fetched.zero_()
+    times, weights = interleaved(field, args.steps, args.new_chunks), weight_bytes(model)
     median = {name: statistics.median(values) for name, values in times.items()}
     full = [each.name for each in field if each.budget == 1]
     layers = model.cfg.num_hidden_layers
@@ -213,13 +238,20 @@ def measure(model: Model, args: argparse.Namespace, context: int, batch: int, ba
                 "kernels": kernels.get(each.name),
             }
         )
+        if each.cache is not None:
+            held = each.cache.count_bytes()
+            rows[-1] |= {"resident_bytes": held.resident, "allocated_bytes": held.allocated}
+        if each.host:
+            new = each.cache.new_chunks(args.steps)
+            bus = new * int(each.cache.n_retrieve.sum()) * each.cache.costs.page
+            rows[-1] |= {"host_bytes": held.host, "new_chunks": new, "bus_bytes": bus}
     return rows
 
 
 def line(row: dict) -> str:
     ms, read = row["ms_per_token"], row["bytes_read"]
     return (
-        f"{row['batch']:5d} {row['context']:8d} {row['contender']:>21}{ms:10.3f}{row['ms_spread']:10.3f}"
+        f"{row['batch']:5d} {row['context']:8d} {row['contender']:>26}{ms:10.3f}{row['ms_spread']:10.3f}"
         f"{row['tokens_per_s']:10.0f}{read / 1e6:10.1f}{read / ms / 1e6:10.1f}{row['roofline_share']:10.0%}"
         f"{row['speedup_vs']['dense']:9.2f}x{row['speedup_limit']:9.2f}x{row['compile_s']:10.1f}"
         + ("" if row["kernels"] is None else f"{row['kernels']:10.1f}")
@@ -283,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="shares of the layers in which heads of hybridkv may be dynamic (default: 1)",
     )
     add("--attended", type=int, nargs="*", default=[], help="and with so many prompt tokens read a step")
+    add("--stores", nargs="*", choices=("device", "host"), default=[], help="of hybridkv (default: the device's own)")
+    add("--new-chunks", type=float, default=0.16, help="share of chunks that a step must fetch (default: 0.16)")
     add("--page-size", type=int, default=HybridConfig.page_size, help="tokens of a page (default: 16)")
     add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")
     add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4], help="(default: all but eager)")
@@ -295,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = make_model(args)
     about, bandwidth = describe("bench.decode", args, argv), copy_bandwidth(args.device)
     print(f"copies run at {bandwidth / 1e9:.1f} GB/s: the roofline")
-    print(f"batch {'context':>8} {'cache':>21}" + "".join(f"{h:>10}" for h in COLUMNS), flush=True)
+    print(f"batch {'context':>8} {'cache':>26}" + "".join(f"{h:>10}" for h in COLUMNS), flush=True)
     rows = []
     for batch in args.batches:
         for context in args.contexts:

@@ -37,7 +37,7 @@ def decoded(request, tmp_path_factory):
     """A run of bench.decode: its rows, its picture."""
     folder = tmp_path_factory.mktemp("decode")
     command = ["--contexts", "600", "2048", "--budgets", "0.02", "0.3", "--steps", "3", "--layers", "1"]
-    command += ["--contenders", *decode.CONTENDERS, "--attended", "300"]
+    command += ["--contenders", *decode.CONTENDERS, "--attended", "300", "--stores", "device", "host"]
     with torch.no_grad(), torch.compiler.set_stance(request.param):
         decode.main([*command, *CPU, "--out", str(folder / "rows.jsonl"), "--plot", str(folder / "plot.png")])
     return rows_of(folder / "rows.jsonl"), folder / "plot.png"
@@ -45,7 +45,8 @@ def decoded(request, tmp_path_factory):
 
 def test_the_decode_bench_has_a_row_for_each_contender_that_fits(decoded):
     rows, picture = decoded
-    names = ["dense", "full", "transformers", "eager", "hybridkv 0.3", "hybridkv 300 tokens"]
+    names = ["dense", "full", "transformers", "eager"]
+    names += [f"hybridkv {what} store {store}" for store in ("device", "host") for what in ("0.3", "300 tokens")]
     assert [(row["context"], row["contender"]) for row in rows] == [(n, name) for n in (600, 2048) for name in names]
     assert picture.stat().st_size > 5000
 
@@ -84,7 +85,7 @@ def test_the_decode_bench_says_what_it_leaves_out(capsys, monkeypatch):
     model = common.random_model(common.shape_config(2, 4, 1, 32, 32, 32, 64, True))
     args = argparse.Namespace(
         contenders=["dense", "full", "hybridkv"], budgets=[1e-5, 0.3], attended=[5000], steps=1, page_size=16,
-        retrieving_layers=[1.0, 0.5],
+        retrieving_layers=[1.0, 0.5], stores=[],
     )  # fmt: skip
 
     def refuse(numbers, device):
