@@ -33,17 +33,17 @@ decode() { # seconds, name, options...: compiling takes 20 to 40 seconds a conte
     step "$seconds" "$name" python -m bench.decode $shape --budgets 0.1 --steps 20 "$@" --out "$results/decode-cuda.jsonl"
 }
 
-ours="--contenders dense hybridkv --retrieving-layers"
+ours="--contenders dense hybridkv --stores device host --retrieving-layers"
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 python -c "import torch; print('torch', torch.__version__)"
 if [ "$how" = quick ]; then
-    decode 110 decode-batch --contexts "$long" --batches 8 $ours 0.5
-    decode 90 decode --contexts "$long" $ours 0.5
+    decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5
+    decode 130 decode --contexts "$long" $ours 0.5
     step 90 tests python -m pytest -q -x -m cuda tests
     exit
 fi
-decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5 0.25
-decode 100 decode --contexts "$long" $ours 0.5
+decode 230 decode-batch --contexts "$long" --batches 8 $ours 0.5 0.25
+decode 130 decode --contexts "$long" $ours 0.5
 step 100 tests python -m pytest -q -m cuda tests
 step 60 attention python -m bench.attention $shape --contexts "$long" --repeats 30 --kernels 15 \
     --contenders flex hybridkv --out "$results/attention-cuda.jsonl"

@@ -9,6 +9,7 @@ from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig
 from hybridkv.cache import attention
 from hybridkv.cache.attention import attend_gathered, attend_pages, kernel_options
+from hybridkv.cache.store import HostStore
 from tests.lab import GPU, prompt
 
 pytestmark = GPU
@@ -46,14 +47,17 @@ def test_attention_reads_exactly_the_listed_pages(page_size, monkeypatch):
     torch.testing.assert_close(out.float(), exact, atol=bound, rtol=0)
 
 
-@pytest.mark.parametrize("policy", ["hybridkv", "full", "dense"])
-def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy, monkeypatch):
+@pytest.mark.parametrize(
+    "policy, store", [("hybridkv", "device"), ("hybridkv", "host"), ("full", "device"), ("dense", None)]
+)
+def test_cuda_graphs_answer_like_the_uncompiled_step(model, policy, store, monkeypatch):
     """The graphs are in use, and pages are read by the kernel that splits the keys."""
     monkeypatch.setattr(attention, "kernel_options", split_kernel)
     counters.clear()
     prompts = [prompt(900, 0), prompt(700, 1)]
-    expected = Engine(model, HybridConfig(budget=0.3), policy, compile=False).generate(prompts, 40)
-    engine = Engine(model, HybridConfig(budget=0.3), policy)
+    config = HybridConfig(budget=0.3, store=store)
+    expected = Engine(model, config, policy, compile=False).generate(prompts, 40)
+    engine = Engine(model, config, policy)
     assert [r.token_ids for r in engine.generate(prompts, 40)] == [r.token_ids for r in expected]
     assert counters["inductor"]["cudagraph_skips"] == 0
     cache = engine.cache
@@ -85,9 +89,10 @@ def test_a_pool_of_more_numbers_than_int32_counts():
     torch.testing.assert_close(out.float(), exact, atol=bound, rtol=0)
 
 
-def test_a_step_neither_waits_nor_allocates(model):
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_a_step_neither_waits_nor_allocates(model, store):
     """No synchronisation, and no memory of the size of the pool, in a replayed step."""
-    engine = Engine(model, HybridConfig(budget=0.3))
+    engine = Engine(model, HybridConfig(budget=0.3, store=store))
     engine.generate([prompt(4000, 0)], 12)
     pool = engine.cache.keys.nbytes
     torch.cuda.synchronize()
@@ -112,3 +117,53 @@ def test_a_reading_comes_over_the_bus(model, policy):
     assert engine.ask(reading, whole, 20) == engine.generate([whole], 20)[0]
     longer = engine.read(whole, reading, 2950)
     assert engine.ask(longer, whole, 20) == engine.generate([whole], 20)[0]
+
+
+HOST = HybridConfig(budget=0.2, dynamic_share=0.5, dynamic_weight=0.4, store="host", stickiness=1.0)
+
+
+def test_a_captured_graph_reads_the_store(model):
+    """Chunks that a replayed step fetched lie in their frames as they lie in host memory, bit for bit."""
+    engine = Engine(model, HOST)
+    engine.generate([prompt(4000, 0)], 40)
+    cache, store = engine.cache, engine.cache.store
+    assert int(cache.fetched.sum()) > 0
+    torch.cuda.synchronize()
+    frames = 0
+    for nth, layer in enumerate(cache.retrieving.tolist()):
+        for row, lane in enumerate(cache.lane[nth].tolist()):
+            if lane == cache.row.shape[1]:
+                continue
+            start = int(cache.start[layer, lane])
+            for frame in range(start, start + int(cache.n_retrieve[nth, row])):
+                page = int(cache.first[nth, row]) + int(store.held[frame])
+                for pool, host in ((cache.keys, store.keys), (cache.values, store.values)):
+                    here, there = (t[0, 0].view(-1, cache.page_size, t.shape[-1]) for t in (pool, host))
+                    assert torch.equal(here[frame], there[page] + 0)
+                frames += 1
+    assert frames > 10
+
+
+def test_bytes_promised_are_bytes_allocated(model):
+    """By the allocator: a tensor takes a whole number of 512 bytes. Host memory is no device memory."""
+    record = Engine(model, HOST, compile=False)
+    record.take_in([prompt(4000, 0)], 8)
+    promised = record.cache.count_bytes()
+    tensors = sum(1 for _ in record.cache.buffers())
+    before = torch.cuda.memory_allocated()
+    record.cache = None
+    torch.cuda.synchronize()
+    freed = before - torch.cuda.memory_allocated()
+    assert promised.allocated <= freed <= promised.allocated + 512 * tensors
+    assert promised.resident <= HOST.budget * promised.full and promised.host > promised.resident
+
+
+def test_host_memory_is_locked_and_given_back():
+    """As many bytes as there are, and another store may lock its own afterwards; too much is refused by name."""
+    for _ in range(3):
+        store = HostStore(3000, 8, 16, torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16), 1.0)
+        slots = torch.tensor([16 * 2999 + 15], device="cuda")
+        k, v = torch.randn(2, 1, 64, device="cuda", dtype=torch.bfloat16)
+        store.append(k, v, slots)
+        assert torch.equal(store.keys[0, 0, -1] + 0, k[0]) and torch.equal(store.values[0, 0, -1] + 0, v[0])
+        del store
