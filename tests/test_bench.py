@@ -90,7 +90,9 @@ def test_variants_name_policies_and_fields():
     assert (variant.name, variant.head_profile) == ("hybridkv:pool=1,classifier=profile", "h.json")
 
 
-@pytest.mark.parametrize("file", ["demo", "demo-again", "demo-layers", "demo-store", "smollm2", "smollm2-layers", "qwen"])
+@pytest.mark.parametrize(
+    "file", ["demo", "demo-again", "demo-layers", "demo-store", "smollm2", "smollm2-layers", "qwen"]
+)
 def test_published_rows_are_what_their_commands_would_measure_today(file):
     """A name means the defaults of its day: when they change, rows take other names or are measured again."""
     results = Path(quality.__file__).with_name("results") / f"quality-{file}.jsonl"

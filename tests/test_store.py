@@ -20,6 +20,7 @@ from tests.lab import (
     Bench,
     chunks_of,
     compiler_output,
+    configs,
     examples,
     frames_of,
     layer_traces,
@@ -159,6 +160,32 @@ def test_host_is_device_for_the_same_choice(masks, retrieval, shape, steps, seed
     for _ in range(steps):
         for (ours, _, bound), (theirs, _, _) in zip(host.step(group), device.step(group), strict=True):
             assert ((ours - theirs).abs().amax((1, 2)) <= 2 * bound).all()
+
+
+@examples(30)
+@given(
+    masks=st.lists(prompts(), min_size=1, max_size=3),
+    config=configs,
+    shape=shapes,
+    layers=st.integers(1, 4),
+    new_tokens=st.integers(1, 100),
+)
+def test_what_a_batch_holds_is_within_its_budgets(masks, config, shape, layers, new_tokens):
+    """Every tensor on the device, rounding and spare pages included, less the room for new tokens."""
+    heads, group, dim = shape
+    assume(config.sketch_rank is None or config.sketch_rank <= dim)
+    config = replace(config, store="host", retrieval="bound" if config.retrieval == "exact" else config.retrieval)
+    prefills = [random_prefill(config, layers, (heads, group, len(m), dim), m, 0, torch.float32) for m in masks]
+    plans = [plan_or_none(p) for p in prefills]
+    assume(all(plan is not None and not plan.no_room for plan in plans) and config.budget < 1)
+    cache = HybridCache(Capacity.of(plans, new_tokens), len(masks), prefills[0])
+    cache.load(prefills, plans, new_tokens)
+    cost, mine = cache.count_bytes(), Capacity.of(plans, None)
+    room = (cache.capacity.n_pages - mine.n_pages) * (cache.costs.page + cache.costs.entry)
+    room += (cache.capacity.n_store - mine.n_store) * cache.costs.summary
+    held = sum(t.nbytes for name, t in cache.named_buffers() if name not in ("store.keys", "store.values"))
+    assert held - room == cost.resident <= config.budget * cost.full
+    event(f"used {cost.resident / cost.full / config.budget:.1f} of the budget")
 
 
 def appended(steps: int, keep_new: int | None) -> tuple[HybridCache, list[Tensor], HybridCache]:
