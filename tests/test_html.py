@@ -247,8 +247,8 @@ def test_the_command_writes_one_page_for_both_caches(vlm, tmp_path, capsys):
     picture, out = tmp_path / "a.png", tmp_path / "out.html"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8)).save(picture)
     generate.main(
-        ["--model", str(vlm), "--image", str(picture), "--prompt", "What?", "--compare", "--no-compile", "--no-calibration", "--json",
-         "--max-new-tokens", "5", "--report", str(out)]
+        ["--model", str(vlm), "--image", str(picture), "--prompt", "What?", "--compare", "--no-compile",
+         "--no-calibration", "--json", "--max-new-tokens", "5", "--report", str(out)]
     )  # fmt: skip
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     html = out.read_text(encoding="utf-8")
