@@ -1,6 +1,7 @@
 """The page on what a cache kept and fetched: what was written down is true, the page says it, and nothing else runs."""
 
 import base64
+import io
 import json
 import re
 
@@ -270,3 +271,17 @@ def test_a_store_in_host_memory_is_recorded_and_shown(tiny):
         assert cache.store.held[frames].sort().values.tolist() == chosen.tolist()  # what is in the lane's frames now
     html = host.report(tiny[1], asked, [1, 2, 3])
     assert "in host memory: " in html and "in host memory: " not in device.report(tiny[1], asked, [1, 2, 3])
+
+
+def test_a_question_about_a_reading(tiny):
+    model, processor = tiny
+    picture = Image.new("RGB", (336, 336), "teal")
+    asked = processor("What is it?", images=[picture])
+    engine = Engine(model, HybridConfig(budget=0.5, strict=False), compile=False, record=True)
+    reading = engine.read(asked)
+    for prompt_, colour in ((asked, (0, 128, 128)), (processor("And?", after=reading.messages), (128, 128, 128))):
+        result = engine.ask(reading, prompt_, 4)
+        (input_,) = data_of(engine.report(processor, prompt_, result.token_ids))["inputs"]
+        (frame,) = input_["frames"]
+        with Image.open(io.BytesIO(base64.b64decode(frame.partition(",")[2]))) as shown:
+            assert shown.convert("RGB").getpixel((50, 50)) == colour

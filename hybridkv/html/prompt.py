@@ -16,13 +16,19 @@ BROKEN = "\ufffd"  # what an unfinished character decodes to
 
 
 def pictures(processor: Processor, prompt: Prompt) -> list[list[Image.Image]]:
-    """The pictures of every input, one for each time step, as the model saw them: made back from its patches."""
-    if prompt.patches is None:
+    """The pictures of every input, one for each time step, as the model saw them: made back from its patches.
+
+    Where a prompt has none, since a reading holds what the model made of them, they are grey.
+    """
+    if not prompt.grids:
         return []
     vision, how = processor.cfg.vision, processor.patcher.image_processor
+    sizes = [t * h * w for t, h, w in prompt.grids]
+    if prompt.patches is None or len(prompt.patches) != sum(sizes):
+        size = vision.patch_size
+        return [[Image.new("RGB", (w * size, h * size), "grey")] * t for t, h, w in prompt.grids]
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in (how.image_mean, how.image_std))
     shown = []
-    sizes = [t * h * w for t, h, w in prompt.grids]
     for patches, (t, h, w) in zip(prompt.patches.split(sizes), prompt.grids, strict=True):
         merge = vision.spatial_merge_size
         pixels = rearrange(
