@@ -278,6 +278,25 @@ def test_lmms_eval_scores_as_our_engine_does(boards, tmp_path, policy, budget):
     print(leaderboard.markdown([line]))
 
 
+@pytest.mark.skipif(not has_lmms, reason="lmms-eval is not installed: bench/lmms.sh makes an environment with it")
+def test_both_models_are_found_and_answer_alike(monkeypatch):
+    from lmms_eval.models import get_model
+
+    from hybridkv.lmms import adapter
+
+    processor = TheirProcessor()
+    processor.tokenizer = type("Tokenizer", (), {})()
+    monkeypatch.setattr(adapter.AutoProcessor, "from_pretrained", lambda name: processor)
+    sample, answers = bd.make_sample("test", 0, "lookup", 12, 12), []
+    for name in ("hybridkv", "hybridkv_hf"):
+        model = get_model(name)(str(demos.MODEL), budget=0.4, device="cpu", compile=False)
+        costs = Costs()
+        answers.append(list(model.answer([about(sample.images[0], sample.question.text)], Generation(8), costs)))
+        assert 0 < costs.shares()["step_share"] <= 0.4
+    assert answers[0] == answers[1] == [(sample.question.answer, 2)]
+    assert processor.tokenizer.padding_side == "left"
+
+
 # ---- leaderboard ----
 
 
