@@ -1,6 +1,8 @@
 """The engine: batches, stops, sampling, statistics, and use from other code bases. Uncompiled."""
 
+import re
 import runpy
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -396,22 +398,18 @@ def test_seeds(model):
     assert answer(1) == answer(1) != answer(2)
 
 
-def hybrid_share(out: str) -> float:
-    return float(out.split("hybridkv reads ")[1].split("%")[0])
-
-
 def test_nanogpt_example(capsys, monkeypatch):
-    """The file in examples/ runs, and both policies print their tokens."""
-    import hybridkv
-
-    class Uncompiled(Engine):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs, compile=False)
-
-    monkeypatch.setattr(hybridkv, "Engine", Uncompiled)
-    runpy.run_path(str(NANOGPT), run_name="__main__")
+    """The file in examples/ runs; a step of its own takes the greedy tokens of the engine's."""
+    monkeypatch.setattr(torch, "compile", lambda step, **how: step)
+    monkeypatch.setattr(sys, "argv", [str(NANOGPT), "--seconds", "0"])
+    space = runpy.run_path(str(NANOGPT), run_name="__main__")
     out = capsys.readouterr().out
-    assert "full     reads 100" in out and hybrid_share(out) < 25.1
+    shares = [float(share) for share in re.findall(r"reads (\S+)% of the cache", out)]
+    assert len(shares) == 3 and 99 < shares[0] < 104 and max(shares[1:]) < 25
+    model = space["GPT"](space["GPTConfig"]())
+    asked, config = space["Prompt"](torch.randint(256, (300,))), HybridConfig(budget=0.3)
+    (result,) = Engine(model, config).generate([asked], 40)
+    assert space["with_a_step_of_its_own"](model, asked, config, 40) == result.token_ids
 
 
 def test_a_pool_too_large_for_an_older_kernel_is_refused(monkeypatch):

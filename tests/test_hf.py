@@ -1,19 +1,23 @@
 """The cache in Hugging Face models: `model.generate(..., past_key_values=HybridKVCache(...))`."""
 
 import copy
+import json
 import threading
 from functools import cache
 
 import pytest
 import torch
 import transformers as hf
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridkv import BudgetError, Engine, HeadProfile, HybridConfig, budgeted_plan
 from hybridkv.hf import HybridKVCache, calibrate
+from hybridkv.hf_inputs import layouts
 from hybridkv.model import Processor, from_pretrained
 from hybridkv.planning.policies import POLICIES
-from tests.hf_world import IMAGE, MODELS, NEW, TEXT, World, built, run, sharpen, text_ids
+from tests.hf_world import IMAGE, MODELS, NEW, TEXT, VIDEO, World, built, run, sharpen, text_ids
 from tests.test_parity import picture, reference_inputs, save_vlm
 
 world = cache(built)
@@ -531,3 +535,80 @@ def test_a_model_that_touches_the_keys(monkeypatch):
         monkeypatch.setattr(HybridKVCache, "update", wrong)
         with pytest.raises(TypeError):
             run(its.model, its.inputs, made(its))
+
+
+def test_the_bench_measures_every_cache(tmp_path, capsys):
+    from bench import huggingface
+
+    config = hf.LlamaConfig(**TEXT)
+    sharpen(hf.LlamaForCausalLM(config)).save_pretrained(tmp_path / "model")
+    command = ["--model", str(tmp_path / "model"), "--contexts", "300", "--steps", "3", "--budget", "0.4"]
+    with torch.compiler.set_stance("force_eager"):
+        huggingface.main([*command, "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")])
+    rows = {row["contender"]: row for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())}
+    assert tuple(rows) == huggingface.CONTENDERS
+    full = 2 * 2 * 2 * 300 * 16 * 4
+    assert all(row["full_bytes"] == full and row["ms_per_token"] > 0 for row in rows.values())
+    assert rows["dynamic"]["step_bytes"] == full < rows["static"]["step_bytes"]
+    assert rows["eager"]["step_bytes"] == rows["hybridkv"]["step_bytes"] <= 0.4 * full
+    assert "ms a token" in capsys.readouterr().out
+
+
+# What is read off the inputs
+
+CONFIG = hf.PretrainedConfig(image_token_id=IMAGE, video_token_id=VIDEO, vision_config=None)
+
+
+def spans_of(ids: list[list[int]], config=CONFIG, **inputs) -> list[tuple]:
+    found = layouts(config, {"input_ids": torch.tensor(ids), **inputs}, HybridConfig())
+    for row, layout in zip(ids, found, strict=True):
+        visual = torch.tensor([token in (IMAGE, VIDEO) for token in row])[layout.pad :]
+        inside = torch.zeros(len(visual), dtype=torch.bool)
+        for start, t, h, w in layout.spans:
+            assert not inside[start : start + t * h * w].any()
+            inside[start : start + t * h * w] = True
+        assert torch.equal(inside, visual)  # no text in a span, no picture outside
+    return [layout.spans for layout in found]
+
+
+def test_spans_by_grids():
+    """Grids of all sequences come one after the other; a row of a grid is in patches, two a token's side."""
+    config = hf.PretrainedConfig(image_token_id=IMAGE, video_token_id=VIDEO)
+    config.vision_config = hf.PretrainedConfig(spatial_merge_size=2)
+    image, video = [IMAGE] * 6, [VIDEO] * 8
+    rows = [[1, 2, *image, 3, *video, 4, 5], [1, *image, *image, *video[:4], 9, *video[4:], 4]]
+    rows = [[0] * (23 - len(row)) + row for row in rows]
+    mask = torch.tensor([[token > 0 for token in row] for row in rows]).long()
+    grids = dict(
+        image_grid_thw=torch.tensor([[1, 4, 6], [1, 6, 4], [1, 2, 12]]),
+        video_grid_thw=torch.tensor([[2, 4, 4], [2, 4, 4]]),
+    )
+    first, second = spans_of(rows, config, attention_mask=mask, **grids)
+    assert first == ((2, 1, 2, 3), (9, 2, 2, 2))
+    assert second == ((1, 1, 3, 2), (7, 1, 1, 6), (13, 1, 2, 2), (18, 1, 2, 2))  # frames that lie apart
+    for grids["image_grid_thw"] in (torch.tensor([[1, 4, 6]] * 4), torch.tensor([[1, 4, 6]] * 2)):
+        with pytest.raises(ValueError, match="grid_thw"):
+            spans_of(rows, config, attention_mask=mask, **grids)
+
+
+def test_spans_by_runs():
+    """Whole square tiles are pictures, other runs are lines."""
+    assert spans_of([[IMAGE, IMAGE, 1, IMAGE, 2, 3]]) == [((0, 1, 1, 2), (3, 1, 1, 1))]
+    config = hf.PretrainedConfig(image_token_id=IMAGE, image_seq_length=4)
+    config.vision_config = None
+    row = [5, *[IMAGE] * 8, 6, *[IMAGE] * 4, 7, *[IMAGE] * 5, 8]
+    assert spans_of([row], config) == [((1, 2, 2, 2), (10, 1, 2, 2), (15, 1, 1, 5))]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.sampled_from([1, 2, IMAGE, VIDEO]), min_size=12, max_size=12), min_size=1, max_size=3))
+def test_spans_hold_pictures_and_no_text(rows):
+    spans_of(rows)
+
+
+def test_text_in_a_batch_with_pictures():
+    """A prompt without pictures is text, whatever its neighbours are."""
+    rows = [[3] * 40, [3] * 10 + [IMAGE] * 20 + [4] * 10]
+    text, visual = layouts(CONFIG, {"input_ids": torch.tensor(rows)}, HybridConfig())
+    assert text.prunable.tolist() == [True] * 8 + [False] * 32
+    assert visual.prunable.tolist() == [False] * 10 + [True] * 20 + [False] * 10
