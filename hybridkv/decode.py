@@ -47,9 +47,19 @@ class DecodeState(nn.Module):
 def decode_step(model: nn.Module, cache: HybridCache | DenseCache, state: DecodeState, greedy: bool) -> Tensor:
     """One token for every sequence: (B,) int64. The whole of it is one graph."""
     logits = model.step(state.token, state.position, cache)
+    check_logits(logits, len(state.token), "step")
     cache.advance(state.active)
     state.position.add_(state.active)
     return state.choose(logits, greedy)
+
+
+def check_logits(logits: Tensor, batch: int, method: str) -> None:
+    """Refuses what is not (batch, V)."""
+    if logits.dim() != 2 or logits.shape[0] != batch:
+        raise ValueError(
+            f"model.{method} must return logits ({batch}, V), one row for each sequence's next token, got "
+            f"{tuple(logits.shape)}"
+        )
 
 
 def compiled_step(device: torch.device) -> Callable[..., Tensor]:

@@ -33,7 +33,7 @@ from hybridkv.cache.dense import DenseCache
 from hybridkv.cache.hybrid import CacheBytes, HybridCache
 from hybridkv.cache.pack import Kept, keep
 from hybridkv.config import HybridConfig
-from hybridkv.decode import DecodeState, compiled_step, decode_step
+from hybridkv.decode import DecodeState, check_logits, compiled_step, decode_step
 from hybridkv.fingerprint import fingerprint
 from hybridkv.launch import Steps
 from hybridkv.planning.plan import Plan, check_plan, full_plan
@@ -202,6 +202,9 @@ class Engine:
                 next_logits, position = self.model.prefill(prompt.prompt, prefill, prompt.reading.tokens)
             else:
                 next_logits, position = self.model.prefill(prompt, prefill)
+            if prefill.like is None:
+                raise ValueError("model.prefill(prompt, kv) called kv[layer](q, k, v) in no layer")
+            check_logits(next_logits, 1, "prefill")
             logits.append(next_logits)
             positions.append(position)
             if not ahead:

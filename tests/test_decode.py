@@ -412,6 +412,42 @@ def test_nanogpt_example(capsys, monkeypatch):
     assert space["with_a_step_of_its_own"](model, asked, config, 40) == result.token_ids
 
 
+def test_a_model_of_ones_own_that_returns_something_else(monkeypatch):
+    """Its shapes are checked where it hands them over."""
+    monkeypatch.setattr(sys, "argv", [str(NANOGPT), "--seconds", "0"])
+    space = runpy.run_path(str(NANOGPT))
+    whole, asked = space["GPT"], space["Prompt"](torch.randint(256, (100,)))
+
+    class Prefills(whole):
+        def prefill(self, prompt, kv):
+            idx = prompt.input_ids[None]
+            return self(idx, torch.arange(idx.shape[1])[None], kv), idx.shape[1]
+
+    class Steps(whole):
+        def step(self, token, position, kv):
+            return self(token[:, None], position[:, None], kv)
+
+    class Forgets(whole):
+        def prefill(self, prompt, kv):
+            return super().prefill(prompt, None)
+
+    class Transposes(whole):
+        def prefill(self, prompt, kv):
+            turned = [
+                lambda q, k, v, layer=layer: layer(q, k.transpose(1, 2), v) for layer in map(kv.__getitem__, range(3))
+            ]
+            return super().prefill(prompt, turned)
+
+    for kind, message in (
+        (Prefills, r"prefill must return logits \(1, V\).*got \(1, 100, 256\)"),
+        (Steps, r"step must return logits \(1, V\).*got \(1, 1, 256\)"),
+        (Forgets, "in no layer"),
+        (Transposes, r"wants one sequence, q \(1, Hq, T, D\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(kind(space["GPTConfig"]()), HybridConfig(budget=1.0), compile=False).generate([asked], 4)
+
+
 def test_a_pool_too_large_for_an_older_kernel_is_refused(monkeypatch):
     """On a GPU, from 2**31 numbers on, before torch 2.13; what torch 2.13 does there is in test_cuda.py."""
     cuda, cpu = torch.device("cuda"), torch.device("cpu")

@@ -4,6 +4,7 @@ import copy
 import json
 import threading
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -612,3 +613,39 @@ def test_text_in_a_batch_with_pictures():
     text, visual = layouts(CONFIG, {"input_ids": torch.tensor(rows)}, HybridConfig())
     assert text.prunable.tolist() == [True] * 8 + [False] * 32
     assert visual.prunable.tolist() == [False] * 10 + [True] * 20 + [False] * 10
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2-135M and a document of 4,000 tokens with a question; what it answers with a `DynamicCache`."""
+    root = Path(__file__).parent.parent
+    if not (root / ".cache" / "smollm2" / "done").exists():
+        pytest.skip("needs a model: python -m bench.real_models smollm2")
+    folder = root / ".cache" / "smollm2"
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer((root / "docs" / "quality.md").read_text(encoding="utf-8")).input_ids[:3970]
+    ids += tokenizer("\n\nIn one sentence, the text above is about").input_ids
+    inputs = {"input_ids": torch.tensor([ids])}
+    tokens, logits = run(model, inputs, hf.DynamicCache(config=model.config), new=12)
+    model.set_attn_implementation("hybridkv")
+    return World(model, inputs, tokens, logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_smollm2_on_a_long_document(smollm2, policy):
+    config = smollm2.model.config
+    profile = HeadProfile(*torch.rand(2, config.num_hidden_layers, config.num_key_value_heads))
+    kv = made(smollm2, policy=policy, budget=0.1, head_profile=profile if policy in ("sparsemm", "madakv") else None)
+    tokens, logits = run(smollm2.model, smollm2.inputs, kv, new=12)
+    stats = kv.stats()
+    assert torch.isfinite(logits).all()
+    if policy == "full":
+        assert torch.equal(tokens, smollm2.tokens) and (logits - smollm2.logits).abs().max() < 1e-3
+    else:
+        assert stats.bytes.step <= 0.1 * stats.bytes.full
+        assert (logits[1] - smollm2.logits[1]).abs().max() > 1e-3
