@@ -88,6 +88,20 @@ def test_a_policy_of_ones_own():
         run(its.model, its.inputs, made(its, policy=lambda prefill: None))
 
 
+@pytest.mark.parametrize("name", ["Llama", "InternVL"])
+def test_the_store_in_host_memory(name):
+    """The same answer from the same chunks, and the device holds less."""
+    its, tokens, stats = world(name), {}, {}
+    for store in ("device", "host"):
+        kv = made(its, store=store, budget=0.7, dynamic_share=0.5)
+        tokens[store], stats[store] = run(its.model, its.inputs, kv)[0], kv.stats()
+    assert stats["device"].dynamic_heads == stats["host"].dynamic_heads == 2
+    assert stats["device"].bytes.host == 0 < stats["host"].bytes.host
+    assert stats["host"].bytes.resident <= 0.7 * stats["host"].bytes.full < stats["device"].bytes.resident
+    kv.reset()
+    assert torch.equal(run(its.model, its.inputs, kv)[0], tokens["host"])
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A Qwen2.5-VL of transformers, ours with the same weights, and the processor."""
@@ -97,8 +111,11 @@ def pair(tmp_path_factory):
     return theirs, from_pretrained(folder, progress=False), Processor.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("what", ["picture", "clip", "batch"])
-def test_it_equals_our_engine(pair, what):
+@pytest.mark.parametrize(
+    "what, store",
+    [("picture", "device"), ("picture", "host"), ("clip", "device"), ("batch", "device"), ("batch", "host")],
+)
+def test_it_equals_our_engine(pair, what, store):
     theirs, model, processor = pair
     clip = [picture(112, 84, i) for i in range(4)]
     asked = {
@@ -106,7 +123,7 @@ def test_it_equals_our_engine(pair, what):
         "clip": [processor("What happens?", images=[picture(300, 300)], videos=[clip])],
         "batch": [processor("?", images=[picture(500, 300)]), processor("And what?", images=[picture(400, 420)])],
     }[what]
-    budget = dict(budget=0.3, strict=False)
+    budget = dict(budget=0.3, strict=False, store=store)
     engine = Engine(model, HybridConfig(**budget), compile=False)
     results = engine.generate(asked, NEW)
 
