@@ -5,7 +5,7 @@
 Questions about one board (the bundled model) or one long text with facts in it (any other) are asked against a reading,
 and again with everything read anew. `kept` asks question 2 and later of what was kept for question 1, as a cache does
 that is pruned once. Nothing is compiled. Seconds are of the processor on a CPU with one thread (so that other work on
-the machine does not count), else of the clock. One row a policy and size; seconds are medians.
+the machine does not count), else of the clock; their medians are shown. KL is that to the full cache, in nats a token.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from bench.common import cpu_name, write_row
-from bench.judge import load_lab
-from bench.tasks import PLACES, code, filler
+from bench.judge import Lab, Read, Variant, load_lab
+from bench.tasks import PLACES, Case, code, filler
 from demo import boards as bd
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine
@@ -30,7 +30,8 @@ from hybridkv.model import Model, Processor, Prompt
 from hybridkv.planning.plan import Plan
 from hybridkv.planning.policies import POLICIES
 from hybridkv.planning.prefill import Prefill
-from hybridkv.reading import Question
+from hybridkv.read_on import PrefillOn
+from hybridkv.reading import Question, Reading
 
 POLICY = ("hybridkv", "snapkv", "adakv")
 
@@ -78,6 +79,28 @@ def text_questions(processor: Processor, tokens: int, n: int, index: int) -> lis
     ]
 
 
+class LabOnReading(Lab):
+    """Reads only what a reading lacks of each prompt."""
+
+    reading: Reading
+
+    @torch.no_grad()
+    def read(self, cases: Sequence[Case], config: HybridConfig) -> Read:
+        read, start = [], self.reading.tokens
+        for case in cases:
+            record = PrefillOn(self.reading, case.prompt.prunable, config, spans=case.prompt.spans)
+            read.append((record, *self.model.prefill(case.prompt, record, start)))
+        prefills, logits, positions = zip(*read, strict=True)
+        return Read(list(prefills), torch.cat(logits).argmax(-1), list(positions))
+
+
+def divergence(lab: Lab, asked: list[Asked], policy: str, config: HybridConfig) -> list[float]:
+    """Mean KL to the full cache, in nats a token, of each answer; one question at a time, as memory allows."""
+    variant = Variant(policy, policy, config)
+    cases = [Case(one.prompt, one.right, one.limit) for one in asked]
+    return [rows[0]["kl"] for case in cases for _, rows in lab.measure([case], [variant], answers=False)]
+
+
 class Kept:
     """A policy that keeps for every question what another one kept for the first."""
 
@@ -102,11 +125,14 @@ def timed(work: Callable[[], object], now: Callable[[], float]) -> tuple[float, 
     return now() - start, done
 
 
-def measure(model: Model, processor: Processor, asked: list[Asked], policy: str, config: HybridConfig) -> dict:
+def measure(lab: Lab, asked: list[Asked], policy: str, config: HybridConfig) -> dict:
     """One subject's questions, asked in both ways. Shares are of the questions after the first."""
+    model, processor = lab.model, lab.processor
     eos, now = model.cfg.eos_token_id, clock(model.device)
     engine = Engine(model, config, policy, eos, compile=False)
     read_s, reading = timed(lambda: engine.read(asked[0].prompt), now)
+    on_reading = LabOnReading(model, processor, lab.name)
+    on_reading.reading = reading
     next_s, whole_s, same, right, right_whole = [], [], [], [], []
     for one in asked:
         question = Question(one.prompt, reading)
@@ -124,6 +150,8 @@ def measure(model: Model, processor: Processor, asked: list[Asked], policy: str,
         "same": same[1:],
         "right": right[1:],
         "right_again": right_whole[1:],
+        "kl": divergence(on_reading, asked[1:], policy, config),
+        "kl_again": divergence(lab, asked[1:], policy, config),
         "right_kept": kept_for_the_first(model, processor, asked, policy, config),
         "reading_bytes": reading.bytes,
         "prompt_tokens": len(asked[0].prompt.input_ids),
@@ -162,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = {"machine": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__, "command": command}
     print(command)
     heads = f"{'tokens':>6} {'policy':>10} {'question 1':>11} {'later':>8} {'anew':>8} {'sooner':>7}"
-    print(f"{heads}  same, right, anew, kept")
+    print(f"{heads}  same, right, anew, kept; KL, anew")
     for tokens in args.tokens:
         for policy in args.policies:
             runs = []
@@ -171,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     asked = board_questions(lab.processor, tokens, args.questions, index, args.task)
                 else:
                     asked = text_questions(lab.processor, tokens, args.questions, index)
-                runs.append(measure(lab.model, lab.processor, asked, policy, config))
+                runs.append(measure(lab, asked, policy, config))
             row = summary(runs) | {"model": args.model, "tokens": tokens, "task": args.task, "policy": policy}
             shares = ", ".join(
                 "-" if row[name] is None else f"{row[name]:.0%}"
@@ -179,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             print(
                 f"{tokens:6d} {policy:>10} {row['first_s']:9.2f} s {row['next_s']:6.3f} s {row['again_s']:6.2f} s "
-                f"{row['first_s'] / row['next_s']:6.1f}x  {shares}",
+                f"{row['first_s'] / row['next_s']:6.1f}x  {shares}; {row['kl']:.4f}, {row['kl_again']:.4f}",
                 flush=True,
             )
             write_row(args.out, row | {"budget": args.budget} | about)

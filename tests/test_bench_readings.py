@@ -20,6 +20,7 @@ def test_questions_about_a_board(tmp_path, capsys):
     for row in rows:
         assert row["questions"] == 2 and row["tokens"] == 64 and row["command"].endswith(str(out))
         assert row["same"] == 1 and row["right"] == row["right_again"]
+        assert abs(row["kl"] - row["kl_again"]) < 1e-3 and (row["kl"] < 1e-5 or row["policy"] == "hybridkv")
         assert row["right_kept"] is None or 0 <= row["right_kept"] <= 1
         assert row["next_s"] > 0 and row["again_s"] > 0 and row["read_s"] < row["first_s"]
         assert 0 < row["new_tokens_read"] < row["prompt_tokens"] - 64 and row["reading_bytes"] > 0
