@@ -27,10 +27,7 @@ from hybridkv.sampling import Sampling
 
 AT_ONCE = 16  # prompts in a batch at most
 WINDOW = 2 * AT_ONCE  # prompts that are looked at before some of them are asked
-SETTINGS = (  # what answers depend on, beside their line
-    "model", "system", "fps", "min_pixels", "max_pixels", "policy", "budget", "no_calibration", "max_new_tokens",
-    "temperature", "top_p", "seed", "dtype",
-)  # fmt: skip
+ELSEWHERE = ("batch", "out", "memory", "device", "no_compile")  # options that answers do not depend on
 OUT_OF_MEMORY = "lower --memory or --max-pixels, shorten the context, or use --dtype bfloat16"
 
 
@@ -232,8 +229,8 @@ def answer_lines(args: argparse.Namespace, config: HybridConfig, sampling: Sampl
     if args.memory is not None and not 0 < args.memory < 1e6:
         raise InputError(f"--memory must be a number of gigabytes above 0, got {args.memory:g}")
     lines = read_lines(args.batch)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"head_profile": str(args.head_profile)}
-    answers = Answers(args.out, lines, json.dumps(settings))
+    settings = {name: str(value) for name, value in vars(args).items() if value and name not in ELSEWHERE}
+    answers = Answers(args.out, lines, json.dumps(settings, sort_keys=True))
     waiting = [line for line in lines if line.number not in answers.done]
     if not waiting:
         say(f"all {len(lines)} lines are answered already")

@@ -125,7 +125,22 @@ class Reading:
                 )
         except (SafetensorError, KeyError, json.JSONDecodeError) as e:
             raise ValueError(f"{path} is damaged or no reading: {' '.join(str(e).split())[:200]}") from e
-        return cls(ids, k, v, q, rows, about["fingerprint"], messages)
+        reading = cls(ids, k, v, q, rows, about["fingerprint"], messages)
+        if not reading.fits_together():
+            raise ValueError(f"{path} is damaged: its tensors do not fit together")
+        return reading
+
+    def fits_together(self) -> bool:
+        """Whether shapes and numbers are those of a reading."""
+        ids, rows = self.input_ids, self.rows
+        if ids.dim() != 1 or ids.dtype != torch.int64 or rows.dim() != 1 or rows.dtype != torch.int64 or not self.k:
+            return False
+        if len(rows) and not (rows[0] >= 0 and rows[-1] < len(ids) and (rows.diff() > 0).all()):
+            return False
+        (heads, _, dim), dtype = self.k[0].shape if self.k[0].dim() == 3 else (0, 0, 0), self.k[0].dtype
+        keys = all(t.shape == (heads, len(ids), dim) and t.dtype == dtype for t in (*self.k, *self.v))
+        queries = all(t.dim() == 3 and t.shape[1:] == (len(rows), dim) and t.dtype == dtype for t in self.q)
+        return keys and queries and isinstance(self.messages, list)
 
 
 @dataclass(frozen=True)

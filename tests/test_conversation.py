@@ -1,16 +1,21 @@
 """`hybridkv.chat` as a person would use it, at a terminal and on a pipe; and the conversation behind it."""
 
 import io
+import os
 import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hybridkv import Engine, HybridConfig, chat, demos
 from hybridkv.conversation import Conversation
 from hybridkv.model import InputError, Processor, from_pretrained
+from tests.lab import examples
 from tests.terminal import terminal
 from tests.test_pictures import picture
 
@@ -234,6 +239,46 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(vlm, tmp_path):
         person.type("/exit\n")
         assert person.ended() == 0
     assert "Traceback" not in person.text
+
+
+WORDS = ["/image", "/video", "/context", "/budget", "/policy", "/save", "/load", "/reset", "/stats", "/help", "/", "//"]
+FILES = ["", "a.png", "'a.png'", "text", ".", "talk", "no/talk"]
+OPERANDS = [*FILES, "0.5", "1", "1e-9", "nan", "snapkv", "quest", "full", "What?"]
+typed = st.builds(lambda word, rest: f"{word} {rest}", st.sampled_from(WORDS), st.sampled_from(OPERANDS))
+
+
+@given(st.lists(typed | st.sampled_from(OPERANDS) | st.text(st.characters(codec="utf-8"), max_size=12), max_size=12))
+@examples(15)
+def test_no_lines_end_it_but_the_last(session, given_lines):
+    """Whatever is typed, in any order: each line is done, or is one line of error."""
+    chat_, folder = session
+    chat_.talk.reset()
+    waiting = [line.replace("/exit", "").replace("/quit", "") for line in given_lines]
+
+    def lines() -> str:
+        if not waiting:
+            raise EOFError
+        return waiting.pop(0)
+
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as err:
+            fine = chat.converse(chat_, lines, interactive=True)
+    finally:
+        os.chdir(here)
+    assert not waiting and fine == ("error: " not in err.getvalue())
+    assert all(len(line) < 500 for line in err.getvalue().splitlines())
+
+
+@pytest.fixture(scope="module")
+def session(vlm, tmp_path_factory) -> tuple[chat.Chat, Path]:
+    """A chat with a tiny model, in a folder with a picture and a text."""
+    folder = tmp_path_factory.mktemp("session")
+    picture(56, 56).save(folder / "a.png")
+    (folder / "text").write_text("A long text. " * 20)
+    arguments = ["--model", str(vlm), "--no-compile", "--no-calibration", "--max-new-tokens", "2"]
+    return chat.Chat(chat.build_parser().parse_args(arguments)), folder
 
 
 @pytest.mark.parametrize("where", ["", "own"])

@@ -278,6 +278,22 @@ def test_files_that_are_no_readings(chat, vlm, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged or no reading"):
             Reading.load(file, engine.fingerprint)
+    good = engine.read(processor("What?", images=[picture()]))
+    assert good.fits_together()
+    for wrong in (
+        dict(input_ids=good.input_ids[:-1]),
+        dict(input_ids=good.input_ids.int()),
+        dict(rows=good.rows.flip(0)),
+        dict(rows=good.rows + good.tokens),
+        dict(k=[t[:, 1:] for t in good.k]),
+        dict(v=[t.float() for t in good.v]),
+        dict(q=[t[:, 1:] for t in good.q]),
+        dict(k=[t[0] for t in good.k]),
+        dict(messages="text"),
+    ):
+        replace(good, **wrong).save(file)
+        with pytest.raises(ValueError, match="do not fit together"):
+            Reading.load(file, engine.fingerprint)
     with pytest.raises(OSError):
         engine.read(processor("What?", images=[picture()])).save(tmp_path / "no such folder" / "a")
 
