@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Capacity, Engine, HybridCache, HybridConfig, hybrid_plan
+from hybridkv import Capacity, Engine, HybridCache, HybridConfig, Prefill, hybrid_plan
 from hybridkv.cache.store import HostStore, StoreError, entries, exchange, marked
 from hybridkv.cli import one_line
 from tests.lab import (
@@ -251,6 +251,29 @@ def test_frames_begin_with_what_the_last_query_would_choose():
     for layer in range(2):
         cache[layer](q[layer][None, :, None], k, v)
     assert torch.equal(cache.store.held, before) and not cache.fetched.any()
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_chunks_follow_from_the_context_alone(store):
+    """Questions of any length find the same chunks and sketches; one chunk at the end may go to the fixed pages."""
+    generator, config = torch.Generator().manual_seed(0), replace(HOST, store=store)
+    context, question = torch.randn(2, 3, 1, 2, 400, 16, generator=generator)
+    found = []
+    for asked in range(20, 60):
+        prefill = Prefill(torch.arange(400 + asked) < 400, config)
+        tensors = [torch.cat((c, q[:, :, :asked]), 2) for c, q in zip(context, question, strict=True)]
+        prefill[0](*tensors)
+        plan = hybrid_plan(prefill)
+        cache = HybridCache(Capacity.of([plan], 8), 1, prefill)
+        cache.load([prefill], [plan], 8)
+        first, summary = int(cache.first[0, 0]), cache.summary
+        settled = slice(first, first + plan.settled_chunks)
+        assert plan.lane_chunks - plan.settled_chunks in (0, 1)
+        keys = (cache.store if store == "host" else cache).keys[0, 0].view(-1, 16, 16)[settled]
+        found.append((summary.basis[0], summary.step[0], summary.sketch.view(-1, summary.words, 16)[settled], keys))
+        assert plan.dynamic.sum() == 1
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_stickiness_saves_fetches():

@@ -23,7 +23,7 @@ from hybridkv.cache.capacity import Capacity
 from hybridkv.cache.exact import ExactKeys
 from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, layer_slots, place
 from hybridkv.cache.recording import Recording
-from hybridkv.cache.retrieve import best_chunks, chunk_pages
+from hybridkv.cache.retrieve import best_chunks, chunk_pages, select
 from hybridkv.cache.sketch import KeySketch
 from hybridkv.cache.store import DeviceStore, HostStore
 from hybridkv.planning.plan import Costs, Plan, full_bytes
@@ -299,7 +299,8 @@ class HybridCache(nn.Module):
             first, row = placement.first[layer, b, dynamic], placement.row[layer, b, dynamic].long() - 1
             pages = [page + torch.arange(plan.lane_chunks + 1, device=device) for page in first.tolist()]
             rows = (sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row).to(device)
-            self.summary.pack(chunk_keys(plan, kept, layer), pages, rows, plan.lane_chunks)
+            keys = chunk_keys(plan, kept, layer)
+            self.summary.pack(keys, pages, rows, plan.lane_chunks, min(plan.settled_chunks, plan.lane_chunks))
             if isinstance(self.store, HostStore):
                 self._fill_frames(b, layer, dynamic, rows, kept.q)
         if self.recording is not None:
@@ -319,7 +320,8 @@ class HybridCache(nn.Module):
             chosen = torch.arange(count, device=rows.device).expand(len(rows), -1)
         else:
             asking = rearrange(q, "(h g) d -> h g d", h=self.heads)[dynamic.to(rows.device)]
-            chosen = best_chunks(self.summary, asking, first, n_chunks, rows, k, count, columns)
+            pages = chunk_pages(first, n_chunks, columns)
+            chosen = select(self.summary.scores(asking, pages, n_chunks, rows), k, count)
         frames = chunk_pages(start, k, count)
         there = self.store.there(frames, k, columns)
         self.store.fetch(chosen, k, frames, first, there, self.keys, self.values)

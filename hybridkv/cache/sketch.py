@@ -132,15 +132,17 @@ class KeySketch(nn.Module):
         buffer("step", rows, self.rank, dtype=torch.float32)
         self.step.fill_(1.0)  # rows that are not used encode, too, and must not divide by 0
 
-    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int) -> None:
+    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int, fitted: int | None = None) -> None:
         """Fits and stores the summaries of dynamic lanes.
 
         Args:
             k: (N, T, D) keys in the order of the lanes' pages: `full` full pages, then a partly filled tail page, if
-                there are keys for it. Only the full ones are fitted.
+                there are keys for it.
             pages: N tensors of page numbers, tail page last. row: (N,).
+            fitted: of how many pages the sketch is made; None for the full ones.
         """
-        basis, offset, step = fit_sketch(k[:, : full * self.page_size], self.rank)
+        fitted = full if fitted is None else fitted
+        basis, offset, step = fit_sketch(k[:, : fitted * self.page_size], self.rank)
         self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
         z = encode(k, self.basis[row], offset, step)
         sketch, tail = self.sketch.view(-1, self.words, self.page_size), full * self.page_size

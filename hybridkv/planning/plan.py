@@ -99,6 +99,11 @@ class Plan:
         return max(0, self.tokens - self.always_pages * self.page_size) // self.page_size
 
     @property
+    def settled_chunks(self) -> int:
+        """Those of them that do not depend on how long the question is: all, or all but one."""
+        return max(1, (int(self.prunable.sum()) - self.page_size + 1) // self.page_size)
+
+    @property
     def whole(self) -> Tensor:
         return self.n_read >= self.whole_pages
 
