@@ -125,6 +125,8 @@ def with_profile(args: argparse.Namespace, config: HybridConfig, model: Model, p
     if profile is None:
         once = "note: measuring which layers need retrieval, once for this checkpoint (--no-calibration does without)"
         profile = builtin_profile(model, processor, before=lambda: say(once))
+    if profile is None:
+        say("note: this model can't be asked any of the samples: all layers retrieve")
     return replace(config, head_profile=profile)
 
 

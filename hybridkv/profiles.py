@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -30,7 +31,10 @@ def cache_folder() -> Path:
     """Where profiles are kept: $HYBRIDKV_CACHE, else hybridkv in the user's cache folder."""
     if own := os.environ.get("HYBRIDKV_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "hybridkv"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "hybridkv"
+    except RuntimeError:  # a user without a home: nothing is kept
+        return Path(os.devnull) / "hybridkv"
 
 
 def brought_profile(folder: str | Path) -> HeadProfile | None:
@@ -94,13 +98,15 @@ def _name(model: nn.Module) -> str:
 
 
 def _measure(model: nn.Module, processor: object, sample: samples.Sample) -> HeadProfile | None:
-    """One sample's profile; None if this model can't be asked it, or answers in numbers that are not finite."""
+    """One sample's profile; None if this model can't be asked it, answers in numbers that are not finite, or fills the
+    memory with it.
+    """
     try:
         prompt, answer = samples.make(sample, processor)
         if len(prompt.input_ids) + NEW_TOKENS > processor.cfg.max_position_embeddings:
             return None
         return measure_heads(model, prompt, HybridConfig(strict=False), NEW_TOKENS, answer=answer)
-    except ValueError:
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
         return None
 
 

@@ -171,6 +171,22 @@ def test_samples_that_a_model_can_not_be_asked_are_left_out(model, processor, tm
     assert builtin_profile(model, short, tmp_path / "other", progress=False) is None
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), ValueError("not finite")])
+def test_a_model_that_can_not_be_measured_retrieves_in_all_layers_and_a_note_says_so(
+    error, vlm, tmp_path, monkeypatch, capsys
+):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setenv("HYBRIDKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(profiles, "measure_heads", fail)
+    generate.main(
+        ["--model", str(vlm), "--prompt", "?" * 200, "--no-compile", "--max-new-tokens", "2", "--budget=0.99"]
+    )
+    assert "can't be asked any of the samples: all layers retrieve" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_the_cache_folder_is(monkeypatch):
     assert profiles.cache_folder() == Path(os.environ["HYBRIDKV_CACHE"])  # conftest.py
     monkeypatch.delenv("HYBRIDKV_CACHE")
@@ -179,6 +195,9 @@ def test_where_the_cache_folder_is(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/nobody")
     assert profiles.cache_folder() == Path("/home/nobody/.cache/hybridkv")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # a container's user, say
+    assert not profiles.cache_folder().exists()
 
 
 # The command
