@@ -41,9 +41,9 @@ def page(processor: Processor, prompt: Prompt, runs: Sequence[Run]) -> str:
         "runs": [run.numbers() | {"name": name(run), "answer": pieces(processor, run.token_ids)} for run in runs],
     }
     return template.render(
-        css=jinja2.utils.markupsafe.Markup(parts["page.css"]),
-        js=jinja2.utils.markupsafe.Markup(parts["page.js"]),
-        data=jinja2.utils.markupsafe.Markup(json.dumps(data, separators=(",", ":")).translate(UNSAFE)),
+        css=parts["page.css"],
+        js=parts["page.js"],
+        data=json.dumps(data, separators=(",", ":")).translate(UNSAFE),
         answers=[(name(run), processor.decode(run.token_ids)) for run in runs],
         bars=bars(runs),
         names=[name(run) for run in runs],
