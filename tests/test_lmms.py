@@ -17,10 +17,11 @@ from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration
 
 from bench import leaderboard
 from demo import boards as bd
-from hybridkv import Engine, HybridConfig, demos
+from hybridkv import Engine, HeadProfile, HybridConfig, demos
 from hybridkv.lmms.answer import Costs, Generation, answer, batches, our_messages
 from hybridkv.lmms.answer_hf import answer_hf
 from hybridkv.model import InputError, Processor, from_pretrained
+from hybridkv.profiles import brought_profile
 from tests import lmms_data
 from tests.test_parity import reference_inputs
 
@@ -151,9 +152,9 @@ def bundled():
     return model, Processor.from_pretrained(demos.MODEL)
 
 
-def engine(policy: str, budget: float) -> Engine:
-    model = bundled()[0]
-    return Engine(model, HybridConfig(budget=budget, strict=False), policy, model.cfg.eos_token_id, compile=False)
+def engine(policy: str, budget: float, profile: HeadProfile | None = None) -> Engine:
+    config, model = HybridConfig(budget=budget, strict=False, head_profile=profile), bundled()[0]
+    return Engine(model, config, policy, model.cfg.eos_token_id, compile=False)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,8 @@ def boards(tmp_path_factory) -> Path:
 
 def our_scores(boards: Path, policy: str, budget: float) -> dict[str, list[float]]:
     """The scores of our own engine's answers, each prompt made by hand."""
-    utils, running = milebench_utils(boards), engine(policy, budget)
+    profile = brought_profile(demos.MODEL) if policy == "hybridkv" else None
+    utils, running = milebench_utils(boards), engine(policy, budget, profile)
     scores = {}
     for key in ("clevr_change", "webqa", "mmcoqa"):
         scores[f"milebench_{key}"] = []

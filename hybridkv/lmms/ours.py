@@ -10,7 +10,9 @@ from hybridkv.engine import Engine
 from hybridkv.lmms.answer import Costs, Generation, answer
 from hybridkv.lmms.model import Model
 from hybridkv.model import Processor, from_pretrained
+from hybridkv.model.checkpoint import resolve
 from hybridkv.planning.head_profile import HeadProfile
+from hybridkv.profiles import brought_profile, builtin_profile
 
 
 class HybridKV(Model):
@@ -21,6 +23,8 @@ class HybridKV(Model):
         policy: a name in `planning.policies.POLICIES`.
         budget: see `HybridConfig`; where a prompt's text takes more than that, what must be kept is kept.
         head_profile: a file of `hybridkv.calibrate`; heads are then classified by it.
+        calibrate: where there is none, which layers retrieve comes from the profile that the checkpoint brings, or of
+            the built-in samples, as on the command line; False lets them be any.
         batch_size: prompts that are answered together.
         fps, min_pixels, max_pixels: see `Processor`.
         device, dtype: default as on the command line.
@@ -41,6 +45,7 @@ class HybridKV(Model):
         device: str | None = None,
         dtype: str | None = None,
         compile: bool = True,
+        calibrate: bool = True,
         max_batch_size: int | None = None,
         **config,
     ):
@@ -51,6 +56,9 @@ class HybridKV(Model):
         model = from_pretrained(pretrained, dtype=chosen, device=where, progress=False)
         if head_profile:
             config |= {"classifier": "profile", "head_profile": HeadProfile.load(head_profile)}
+        elif calibrate and policy == "hybridkv" and float(budget) < 1:
+            own = brought_profile(resolve(pretrained)) or builtin_profile(model, self.processor)
+            config.setdefault("head_profile", own)
         settings = HybridConfig(budget=float(budget), strict=False, **config)
         compiles = bool(compile) and can_compile(where)
         self.engine = Engine(model, settings, policy, model.cfg.eos_token_id, compiles)
