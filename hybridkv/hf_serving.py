@@ -242,7 +242,7 @@ def layer_kinds(config) -> tuple[list[str], int | None]:
 
 def check_model(model: PreTrainedModel) -> None:
     """Refuses what can be seen to be impossible before anything is computed."""
-    if not isinstance(model, PreTrainedModel):
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise ValueError(f"model must be a model of transformers, not {type(model).__name__}")
     text = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):

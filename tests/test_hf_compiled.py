@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from hybridkv.hf import HybridKVCache, compile
 from tests.hf_world import built, run, text_ids
-from tests.lab import layer_traces
+from tests.lab import GPU, layer_traces
 
 pytestmark = pytest.mark.compiles
 
@@ -58,3 +58,22 @@ def test_other_models(name, graphs):
     kv.reset()
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(run(model, its.inputs, kv)[0], expected[0])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=GPU) for name in ("Llama", "Qwen2.5-VL", "Gemma 3 text")])
+def test_generate_on_a_gpu_compiles_by_itself(name):
+    its = built(name)
+    model = copy.deepcopy(its.model).cuda()
+    inputs = {key: value.cuda() for key, value in its.inputs.items()}
+    model.set_attn_implementation("sdpa")
+    expected, _ = run(model, inputs, hf.DynamicCache(config=model.config))
+    model.set_attn_implementation("hybridkv")
+    counters.clear()
+    for store in ("device", "host"):
+        kv = HybridKVCache(model, inputs, budget=1.0, max_new_tokens=24, store=store)
+        assert torch.equal(run(model, inputs, kv)[0], expected)
+        assert counters["stats"]["unique_graphs"] > 0
+        kv = HybridKVCache(model, inputs, budget=0.6, max_new_tokens=24, store=store)
+        compiled, _ = run(model, inputs, kv)
+        kv.reset()
+        assert torch.equal(compiled, run(model, inputs, kv, disable_compile=True)[0])
