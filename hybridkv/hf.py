@@ -93,12 +93,12 @@ class HybridKVCache(RoutedCache):
         Args:
             inputs: what goes to `generate` next; None for the same again.
             max_new_tokens: None for as many as before.
-            prunable: as for the cache; with the same inputs None is as before.
+            prunable: as for the cache.
         """
         before = self._tokens + self.max_new_tokens, len(self._layouts)
-        if inputs is None:
-            inputs, prunable = self._inputs[0], self._inputs[1] if prunable is None else prunable
-        self._announce(inputs, prunable, max_new_tokens or self.max_new_tokens)
+        if inputs is None and prunable is not None:
+            raise ValueError("prunable goes with inputs: give both")
+        self._announce(inputs, prunable, self.max_new_tokens if max_new_tokens is None else max_new_tokens)
         room, batch = self._tokens + self.max_new_tokens, len(self._layouts)
         if bucket(room) > bucket(before[0]) or batch != before[1]:
             self.layers = self.new_layers(bucket(room))
@@ -124,17 +124,18 @@ class HybridKVCache(RoutedCache):
             bytes=self._store.count_bytes(),
         )
 
-    def _announce(self, inputs: Mapping | Tensor, prunable: Tensor | None, max_new_tokens: int) -> None:
+    def _announce(self, inputs: Mapping | Tensor | None, prunable: Tensor | None, max_new_tokens: int) -> None:
         for name, count in (("max_new_tokens", max_new_tokens), ("num_return_sequences", self._copies)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name} must be a positive number, got {count!r}")
-        self._layouts = layouts(self._model_config, inputs, self._planner.config, prunable, self._copies)
+        if inputs is not None:
+            self._layouts = layouts(self._model_config, inputs, self._planner.config, prunable, self._copies)
+            self._pictures = has_pictures(inputs)
         self._tokens = self._layouts[0].pad + len(self._layouts[0].prunable)
-        self._inputs, self.max_new_tokens = (inputs, prunable), max_new_tokens
+        self.max_new_tokens = max_new_tokens
 
     def _begin(self) -> None:
-        pictures = has_pictures(self._inputs[0])
-        self._prefill = BatchPrefill(self._layouts, self._tokens, self.n_layers, pictures, self._planner.config)
+        self._prefill = BatchPrefill(self._layouts, self._tokens, self.n_layers, self._pictures, self._planner.config)
         self._plans: list[Plan] = []
         self._ahead = self._loaded = False
         self._steps = 0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import threading
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.hf_world import IMAGE, MODELS, NEW, TEXT, VIDEO, World, built, run, s
 from tests.test_parity import picture, reference_inputs, save_vlm
 
 world = cache(built)
+DOCUMENT = Path(__file__).parent.parent / "docs" / "huggingface.md"
 each = pytest.mark.parametrize("name", MODELS)
 
 
@@ -260,11 +262,24 @@ def test_another_prompt_in_the_same_memory(name):
     assert torch.equal(tokens, run(its.model, other, made(its, other))[0])
 
 
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="needs a checkout")
+def test_what_the_document_says_runs():
+    """The code in docs/huggingface.md, on a prompt that is long enough for a tenth."""
+    code = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.S | re.M)[0]
+    space = {"model": copy.deepcopy(world("Llama").model), "inputs": {"input_ids": text_ids(1500)}}
+    space["model"].set_attn_implementation("sdpa")
+    printed: list = []
+    exec(code, space | {"print": printed.append})
+    assert printed[0].bytes.step <= 0.1 * printed[0].bytes.full
+
+
 def test_a_larger_batch_after_a_small_one():
     its = world("Gemma 3 text")
     kv = made(its)
     run(its.model, its.inputs, kv)
     both = {"input_ids": text_ids(420, batch=2, seed=4)}
+    with pytest.raises(ValueError, match="prunable goes with inputs"):
+        kv.reset(prunable=torch.ones(300, dtype=torch.bool))
     kv.reset(both, max_new_tokens=8)
     tokens, _ = run(its.model, both, kv, new=8)
     assert torch.equal(tokens, run(its.model, both, made(its, both), new=8)[0])
