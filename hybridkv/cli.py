@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from hybridkv.cache.store import StoreError
 from hybridkv.version import __version__
 
 try:
@@ -119,6 +118,8 @@ def one_line(error: Exception, out_of_memory: str) -> str | None:
     Args:
         out_of_memory: what to do about that.
     """
+    from hybridkv.cache.store import StoreError  # not above: a copy without model/ shall say that first
+
     if isinstance(error, StoreError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
