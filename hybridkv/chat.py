@@ -77,7 +77,11 @@ def build_parser() -> Parser:
 
 
 class Chat:
-    """The conversation behind the lines that are typed."""
+    """The conversation behind the lines that are typed.
+
+    Attributes:
+        tells: whether it says what each answer took.
+    """
 
     def __init__(self, args: argparse.Namespace):
         device = choose_device(args.device)
@@ -91,7 +95,7 @@ class Chat:
         look = {"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
         system = "" if args.system is None else args.system
         self.talk = Conversation(engine, processor, system, look, apart=args.apart)
-        self.compiling = compile
+        self.compiling, self.tells = compile, False
         self.commands: dict[str, Callable[[str], None]] = {
             "image": lambda file: self.show(images=[file]),
             "video": lambda file: self.show(videos=[file]),
@@ -149,6 +153,8 @@ class Chat:
                 return
             raise
         print(flush=True)
+        if self.tells:
+            self.stats()
 
     def show(self, **what: object) -> None:
         before = self.talk.read_tokens
@@ -301,6 +307,7 @@ def run(args: argparse.Namespace) -> bool:
     chat = begin(args)
     if not interactive:
         return converse(chat, next_line, interactive=False)
+    chat.tells = True
     say("(/help lists commands, Ctrl-C stops an answer, Ctrl-D ends)")
     with typed_lines(not args.no_history):
         return converse(chat, lambda: input("> "), interactive=True) or True

@@ -204,6 +204,7 @@ def test_at_a_terminal(tmp_path):
         person.until("> ")
         person.type(DEMOS["lookup"].prompt + "\n")
         person.until(DEMOS["lookup"].answer)
+        person.until("first token after")
         person.until("> ")
         person.type(f"/image {DEMOS['chain'].images[0]}\n")
         person.until("tokens read")

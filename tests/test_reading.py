@@ -1,5 +1,6 @@
 """Readings: a question about one is answered as if all had been read together, whatever was asked before."""
 
+import copy
 import gc
 import re
 import weakref
@@ -163,6 +164,21 @@ def test_reading_goes_on_from_a_reading(model):
         for a, b in zip(getattr(past, name), getattr(once, name), strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
     assert engine.ask(past, whole, 16) == engine.ask(once, whole, 16) == engine.generate([whole], 16)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+def test_one_compiled_step_serves_all_questions(model):
+    """And gives the tokens of the uncompiled one; in float32, since attention is not compiled in float64."""
+    single = copy.deepcopy(model).float()
+    plain = Watched(single, config())
+    reading = plain.read(prompt(300, 0), tokens=280)
+    questions = [asked(300, 0, n, 280) for n in range(3)]
+    expected = [plain.ask(reading, question, 24) for question in questions]
+    engine = Engine(single, config())
+    assert engine.ask(reading, questions[0], 24) == expected[0]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert [engine.ask(reading, question, 24) for question in questions[1:]] == expected[1:]
 
 
 def test_what_can_not_be_read_or_asked(model):
