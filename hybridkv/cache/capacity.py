@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hybridkv.config import HybridConfig
+
 if TYPE_CHECKING:
-    from hybridkv.planning.plan import Costs, Plan
+    from hybridkv.planning.plan import Plan
 
 SCALARS = 7  # int32 numbers of a lane: start, n_full, tail, fill, ring, end, row
 ROW_SCALARS = 5  # and of a dynamic lane: first, n_chunks, n_retrieve, lane, fetched
@@ -34,6 +36,23 @@ def round_down(n: int) -> int:
     """The largest number of pages up to n that is no rounded size but itself, see `prompt_room`."""
     unit = max(1, 1 << max(0, n.bit_length() - 1 - FINE))
     return n // unit * unit
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of the parts of a cache, for one model, dtype and configuration."""
+
+    page: int  # one page of keys and values
+    summary: int  # the summary of one chunk: its key sketch, or its key bounds
+    basis: int  # what a dynamic lane needs beside: principal directions, offset and step of the sketch
+    entry: int = 4  # one number in a table
+
+    @classmethod
+    def of(cls, config: HybridConfig, head_dim: int, dtype: torch.dtype) -> "Costs":
+        page, rank = 2 * config.page_size * head_dim * dtype.itemsize, config.rank(head_dim)
+        if config.retrieval == "bound":
+            return cls(page, summary=2 * head_dim * dtype.itemsize, basis=0)
+        return cls(page, summary=config.page_size * rank, basis=rank * head_dim * dtype.itemsize + 2 * rank * 4)
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,7 @@ class Capacity:
         """Pages of the pool that are not the store's."""
         return self.n_pages - (0 if self.host else self.n_store)
 
-    def device_bytes(self, costs: "Costs", lanes: int) -> int:
+    def device_bytes(self, costs: Costs, lanes: int) -> int:
         """Bytes of a cache's tensors on the device, all tables included; lanes: over all sequences, of one layer."""
         layers, retrieving = len(self.retrieving), sum(self.retrieving)
         pages = self.n_pages * (costs.page + self.host * costs.entry) + self.n_store * costs.summary
@@ -94,6 +113,6 @@ class Capacity:
         numbers = (2 * layers + retrieving) * INDEX
         return pages + rows + layers * lanes * SCALARS * costs.entry + numbers
 
-    def host_bytes(self, costs: "Costs") -> int:
+    def host_bytes(self, costs: Costs) -> int:
         """Bytes of its store in host memory."""
         return self.host * self.n_store * costs.page

@@ -10,7 +10,6 @@ recompiles, and another prompt is loaded into the same tensors.
 """
 
 import weakref
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,44 +18,16 @@ from torch import Tensor, nn
 
 from hybridkv.cache.attention import attend_pages
 from hybridkv.cache.bounds import KeyBounds
-from hybridkv.cache.capacity import Capacity
+from hybridkv.cache.capacity import Capacity, Costs
+from hybridkv.cache.cost import CacheBytes, count_bytes
 from hybridkv.cache.exact import ExactKeys
 from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, layer_slots, place
 from hybridkv.cache.recording import Recording
 from hybridkv.cache.retrieve import best_chunks, chunk_pages, select
 from hybridkv.cache.sketch import KeySketch
 from hybridkv.cache.store import DeviceStore, HostStore
-from hybridkv.planning.plan import Costs, Plan, full_bytes
+from hybridkv.planning.plan import Plan
 from hybridkv.planning.prefill import Prefill
-
-
-@dataclass(frozen=True)
-class CacheBytes:
-    """What a loaded cache costs, in bytes, for the prompts of all its sequences unless noted.
-
-    Attributes:
-        full: a plain full cache of the prompts.
-        resident: held on the device by a cache that is made for these prompts: every tensor, spare pages included, room
-            for new tokens apart. With the store on the host it is what the budget bounds.
-        host: held in host memory: the store, room for new tokens included.
-        step: read by one decoding step; with the store on the device it is what the budget bounds.
-        new: pages and summaries taken for generated tokens, on top of `resident`.
-        allocated: all tensors on the device, room for new tokens included. A cache that is kept from a larger prompt
-            holds more than one that is made for these.
-    """
-
-    full: int
-    resident: int
-    host: int
-    step: int
-    new: int
-    allocated: int
-
-    @property
-    def budget(self) -> int:
-        """What the budget bounds."""
-        return self.resident if self.host else self.step
-
 
 LANE_TABLES = ("start", "n_full", "tail", "fill", "ring", "end", "row")  # as many as capacity.SCALARS
 ROW_TABLES = ("first", "n_chunks", "n_retrieve", "lane", "fetched")  # as many as capacity.ROW_SCALARS
@@ -337,26 +308,4 @@ class HybridCache(nn.Module):
 
     def count_bytes(self) -> CacheBytes:
         """What the loaded prompts and the tokens generated so far cost. Synchronises: not for the decoding loop."""
-        costs, plans = self.costs, self._plans
-        lanes = self.row.shape[1]
-        begun, dynamic, n_fixed, fill = (
-            rearrange(torch.stack([getattr(p, name) for p in plans], 1), "l b h -> l (b h)")
-            for name in ("n_chunks", "dynamic", "n_fixed", "fill")
-        )
-        # Tail pages that started empty hold generated tokens only.
-        chunks = begun.clone()
-        for n, layer in enumerate(self.retrieving.tolist()):
-            lane = self.lane[n][self.lane[n] < lanes].long().cpu()
-            chunks[layer, lane] = self.n_chunks[n, : len(lane)].cpu().long()
-        summed = int((dynamic * (chunks - begun + (fill == 0))).sum())
-        pages = int((dynamic & (fill == 0)).sum()) if self.capacity.host else summed
-        pages += int((~dynamic * (self.n_full.cpu() - n_fixed + (fill == 0))).sum())
-        elsewhere = ("store.keys", "store.values", "recording.chosen")
-        return CacheBytes(
-            full=sum(full_bytes(plan.tokens, plan.n_read.numel(), costs, self.page_size) for plan in plans),
-            resident=Capacity.of(plans, None).device_bytes(costs, lanes),
-            host=self.capacity.host_bytes(costs),
-            step=sum(plan.step_bytes(costs) for plan in plans),
-            new=pages * (costs.page + self.capacity.host * costs.entry) + summed * costs.summary,
-            allocated=sum(t.nbytes for name, t in self.named_buffers() if name not in elsewhere),
-        )
+        return count_bytes(self, self._plans)

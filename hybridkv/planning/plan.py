@@ -15,35 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybridkv.cache.capacity import ROW_SCALARS, SCALARS, Capacity, round_down
-from hybridkv.config import HybridConfig
+from hybridkv.cache.capacity import ROW_SCALARS, SCALARS, Capacity, Costs, round_down
 from hybridkv.planning.budget import BudgetError, allocate
 from hybridkv.planning.classify import classify, retrieving_layers
 from hybridkv.planning.prefill import Prefill
 from hybridkv.planning.prune import keep_order, pooled, tile_order
 
 Score = Callable[[Prefill, int], Tensor]  # (H, T), how much each token of a layer is worth to a static head
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Bytes of the parts of a cache, for one model, dtype and configuration."""
-
-    page: int  # one page of keys and values
-    summary: int  # the summary of one chunk: its key sketch, or its key bounds
-    basis: int  # what a dynamic lane needs beside: principal directions, offset and step of the sketch
-    entry: int = 4  # one number in a table
-
-    @classmethod
-    def of(cls, config: HybridConfig, head_dim: int, dtype: torch.dtype) -> "Costs":
-        page, rank = 2 * config.page_size * head_dim * dtype.itemsize, config.rank(head_dim)
-        if config.retrieval == "bound":
-            return cls(page, summary=2 * head_dim * dtype.itemsize, basis=0)
-        return cls(page, summary=config.page_size * rank, basis=rank * head_dim * dtype.itemsize + 2 * rank * 4)
-
-    @classmethod
-    def of_prompt(cls, prefill: Prefill) -> "Costs":
-        return cls.of(prefill.config, prefill.like.shape[-1], prefill.like.dtype)
 
 
 @dataclass(frozen=True)
@@ -176,6 +154,10 @@ class Plan:
         return self.resident_bytes(costs) if self.host else self.step_bytes(costs)
 
 
+def costs_of(prefill: Prefill) -> Costs:
+    return Costs.of(prefill.config, prefill.like.shape[-1], prefill.like.dtype)
+
+
 def full_bytes(tokens: int, lanes: int, costs: Costs, page_size: int) -> int:
     """Bytes of a plain full cache of this many tokens: no pages, no tables."""
     return tokens * lanes * costs.page // page_size
@@ -253,7 +235,7 @@ def budgeted_plan(
     config, everything = prefill.config, full_plan(prefill)
     if config.budget == 1:
         return everything
-    costs, cap, floor = Costs.of_prompt(prefill), everything.n_read, least_pages(everything, dynamic)
+    costs, cap, floor = costs_of(prefill), everything.n_read, least_pages(everything, dynamic)
     full = full_bytes(everything.tokens, cap.numel(), costs, config.page_size)
 
     def spend(pages: Tensor) -> Plan:
@@ -320,7 +302,7 @@ def check_plan(plan: Plan, prefill: Prefill) -> None:
     check(not (plan.n_read > everything.n_read).any(), "a head has more pages than the prompt")
     check(not (plan.dynamic & plan.whole).any(), "a head that keeps everything needs no retrieval")
     check(plan.score is not None or bool((plan.whole | plan.dynamic).all()), "static heads need a score")
-    costs = Costs.of_prompt(prefill)
+    costs = costs_of(prefill)
     spent = plan.budget_bytes(costs) / full_bytes(plan.tokens, plan.n_read.numel(), costs, plan.page_size)
     if spent > config.budget < 1 and config.strict and not plan.no_room:
         raise BudgetError(f"the policy's plan takes {spent:.3f} of the full cache, the budget is {config.budget:g}")
