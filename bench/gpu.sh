@@ -37,14 +37,14 @@ ours="--contenders dense hybridkv --stores device host --retrieving-layers"
 nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 python -c "import torch; print('torch', torch.__version__)"
 if [ "$how" = quick ]; then
-    decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5
-    decode 130 decode --contexts "$long" $ours 0.5
-    step 90 tests python -m pytest -q -x -m cuda tests
+    decode 140 decode-batch --contexts "$long" --batches 8 $ours 0.5
+    decode 110 decode --contexts "$long" $ours 0.5
+    step 50 tests python -m pytest -q -x -m cuda tests
     exit
 fi
-decode 230 decode-batch --contexts "$long" --batches 8 $ours 0.5 0.25
-decode 130 decode --contexts "$long" $ours 0.5
-step 100 tests python -m pytest -q -m cuda tests
+decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5
+decode 120 decode --contexts "$long" $ours 0.5
+step 90 tests python -m pytest -q -m cuda tests
 step 60 attention python -m bench.attention $shape --contexts "$long" --repeats 30 --kernels 15 \
     --contenders flex hybridkv --out "$results/attention-cuda.jsonl"
 step 60 attention-batch python -m bench.attention $shape --contexts "$long" --batch 8 --repeats 20 --kernels 15 \
@@ -53,6 +53,7 @@ step 50 prefill python -m bench.prefill $shape --contexts 8192 "$long" --repeats
 step 60 memory python -m bench.memory $shape --contexts "$long" --contenders dense hybridkv \
     --out "$results/memory-cuda.jsonl"
 [ "$how" = all ] || exit
+decode 150 decode-quarter --contexts "$long" --batches 8 $ours 0.25
 decode 150 decode-short --contexts 8192 --batches 8 $ours 1 0.5
 # A tenth of 32,768 tokens is about 3,277: how much longer does a step take that reads as many of a longer context?
 decode 120 decode-long --contexts 131072 --attended 3277 --contenders dense hybridkv
