@@ -4,6 +4,7 @@
 
 A kernel of a large model takes microseconds, and is launched in every layer: on a GPU their number counts for as much
 as their bytes. On a CPU scoring is a loop over lanes, which a GPU does not have: its kernels are counted apart, once.
+Wants two layers of each kind: code that is used once is written into the step.
 """
 
 import argparse
@@ -85,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine.step()
     for kernels, loop in regions("\n".join(code)):
         print(f"{len(kernels)} kernels in a layer" + f", and {len(loop)} in each turn of its loop" * bool(loop))
-        print(
-            "\n".join(f"    {name[:110]}" for name in kernels) + "\n".join(f"\n        {name[:106]}" for name in loop)
-        )
+        print("\n".join([f"    {name[:110]}" for name in kernels] + [f"        {name[:106]}" for name in loop]))
 
 
 if __name__ == "__main__":

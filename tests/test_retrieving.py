@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from bench.kernels import regions
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HeadProfile, HybridConfig
@@ -28,6 +29,9 @@ def test_only_layers_that_retrieve_have_retrieval_in_their_graph():
     assert code.count("std::vector<int> kv_indice_list(") == 2  # FlexAttention's loop, once in each region
     assert code.count("while should_loop:") == 1  # the loop over dynamic lanes
     # q, k and v in one matmul, gate and up in another, one behind each of attention and MLP; last that of the logits
+    if torch.__version__ >= "2.13":  # older compilers call the layers' kernels otherwise
+        # The model takes eight: those matmuls, two norms, silu, and the last sum. So two are attention's own, and five.
+        assert [len(kernels) for kernels, _ in sorted(regions(code), key=lambda each: len(each[0]))] == [10, 13]
     assert len(re.findall(r"extern_kernels\.(?:mm|addmm)\(", code)) == 2 * 4 + 1
     if torch.__version__ >= "2.13":  # older compilers trace every layer
         assert layer_traces() - before == 2
