@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # lmms-eval 0.7.3 with our models, in an environment of its own, .cache/lmms, and the tests that need it.
 #
-#     bench/lmms.sh              what our tasks, MileBench and NExT-QA's choices need: some 500 MB beside torch
+#     bench/lmms.sh              what our tasks, MileBench and NExT-QA's choices need: a gigabyte beside torch
 #     bench/lmms.sh --whole      all that lmms-eval asks for, torchvision among it: gigabytes
 #     .cache/lmms/bin/python -m lmms_eval --model hybridkv --model_args pretrained=FOLDER,budget=0.1 --tasks ...
 #
 # Why of its own: lmms-eval wants PyAV before 16 and a hundred packages that nothing here needs. Without --whole they are
-# left out (pip is told not to look at what it asks for), and PyAV is ours. PYTHON chooses the interpreter.
+# left out (pip, told not to look at what it asks for, complains about that later), and PyAV is ours. PYTHON chooses the
+# interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=.cache/lmms/bin/python
