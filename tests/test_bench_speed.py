@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import attention, common, compile_time, decode, kernels, memory, prefill
+from bench import attention, common, compile_time, decode, kernels, memory, prefill, throughput
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import HybridConfig, Prefill, engine, hybrid_plan
@@ -318,3 +318,33 @@ def test_the_kernels_of_both_kinds_of_layers_are_printed(capsys):
     kernels.main(["--layers", "4", "--context", "700", "--budget", "0.4", *CPU])
     out = capsys.readouterr().out
     assert out.count("kernels in a layer") == 2 and "in each turn of its loop" in out and "flex_attention" in out
+
+
+def test_the_largest_batch_that_fits(tmp_path, capsys):
+    """By arithmetic, a full cache beside it; where the device has less, an eighth fewer are tried."""
+    out, command = tmp_path / "rows.jsonl", ["--context", "1024", "--steps", "2", "--layers", "2", *CPU]
+    packed, refused = throughput.packed, []
+
+    def full(model, policy, config, context, batch, new_tokens):
+        if batch > 2:
+            refused.append(batch)
+            raise torch.OutOfMemoryError
+        return packed(model, policy, config, context, batch, new_tokens)
+
+    with torch.compiler.set_stance("force_eager"), pytest.MonkeyPatch.context() as patch:
+        throughput.main([*command, "--memory", "2MB", "--budgets", "0.3", "--batches", "1", "50", "--out", str(out)])
+        throughput.main([*command, "--memory", "1kB", "--budgets", "0.3"])
+        with pytest.raises(SystemExit):
+            throughput.main([*command, "--memory", "2MB", "--budgets", "0.001"])
+        patch.setattr(throughput, "packed", full)
+        throughput.main([*command, "--memory", "2MB", "--budgets", "0.3", "--out", str(out)])
+    said, error = capsys.readouterr()
+    assert "a budget of 0.001 can't be met" in error
+    assert said.count("not one sequence fits") == 2 and said.count("do not fit") == len(refused) > 2
+    dense, one, ours, *limited = rows_of(out)
+    assert [row["contender"] for row in (dense, one, ours)] == ["dense", "hybridkv 0.3", "hybridkv 0.3"]
+    assert ours["batch"] > dense["batch"] > one["batch"] == 1 and [row["batch"] for row in limited] == [2, 2]
+    token = 2 * 2 * 16 * 4
+    assert ours["allocated_bytes"] + 1024 * token < 2e6
+    assert ours["allocated_bytes"] / ours["batch"] < 0.5 * 1024 * token
+    assert ours["tokens_per_s"] == pytest.approx(ours["batch"] / ours["ms_per_step"] * 1e3)
