@@ -61,6 +61,7 @@ class Stats:
 
     Attributes:
         static_heads, dynamic_heads: KV heads over all layers and sequences.
+        retrieving_layers: layers whose graph retrieves.
         attended_tokens: prompt tokens that a step reads, mean over heads and sequences.
         bytes: of the cache; None for `dense`.
         ttft_s: from the start to the first token, prefill, plan and compression included.
@@ -71,6 +72,7 @@ class Stats:
 
     static_heads: int = 0
     dynamic_heads: int = 0
+    retrieving_layers: int = 0
     attended_tokens: float = 0.0
     bytes: CacheBytes | None = None
     ttft_s: float = 0.0
@@ -268,6 +270,7 @@ class Engine:
         dynamic = torch.stack([plan.dynamic for plan in plans])
         self.stats.dynamic_heads = int(dynamic.sum())
         self.stats.static_heads = dynamic.numel() - self.stats.dynamic_heads
+        self.stats.retrieving_layers = int(sum(plan.retrieving for plan in plans).count_nonzero())
         self.stats.attended_tokens = float(torch.stack([plan.attended for plan in plans]).double().mean())
 
     def stream(

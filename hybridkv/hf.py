@@ -120,6 +120,7 @@ class HybridKVCache(RoutedCache):
         return Stats(
             static_heads=int((~dynamic).sum()),
             dynamic_heads=int(dynamic.sum()),
+            retrieving_layers=int(sum(plan.retrieving for plan in self._plans).count_nonzero()),
             attended_tokens=float(torch.stack([plan.attended for plan in self._plans]).double().mean()),
             bytes=self._store.count_bytes(),
         )

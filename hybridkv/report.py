@@ -27,6 +27,7 @@ def report(prompt: Prompt, policy: str, text: str, token_ids: list[int], engine:
         "visual_tokens": prompt.visual_tokens,
         "static_heads": stats.static_heads,
         "dynamic_heads": stats.dynamic_heads,
+        "retrieving_layers": stats.retrieving_layers,
         "full_bytes": stats.bytes.full,
         "resident_bytes": stats.bytes.resident,
         "host_bytes": stats.bytes.host,

@@ -91,7 +91,7 @@ def test_statistics(model):
     list(engine.stream([prompt(600, 0)], 8, on_layer=lambda: layers.append(1)))
     stats = engine.stats
     assert len(layers) == 2
-    assert (stats.static_heads, stats.dynamic_heads) == (3, 1)
+    assert (stats.static_heads, stats.dynamic_heads, stats.retrieving_layers) == (3, 1, 2)
     assert stats.bytes.step <= 0.3 * stats.bytes.full < stats.bytes.resident < stats.bytes.full
     assert stats.attended_tokens < 0.3 * 600
     assert stats.ttft_s > 0 and stats.ms_per_token > 0 and stats.bytes.new > 0

@@ -17,6 +17,7 @@ from tests.fuzz_cli import fuzz
 PLAIN = ["--no-compile", "--no-calibration"]
 KEYS = {
     "policy", "budget", "text", "token_ids", "prompt_tokens", "visual_tokens", "static_heads", "dynamic_heads",
+    "retrieving_layers",
     "full_bytes", "resident_bytes", "host_bytes", "attended_tokens", "ttft_s", "ms_per_token", "compile_s", "device",
     "dtype",
 }  # fmt: skip

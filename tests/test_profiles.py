@@ -217,10 +217,13 @@ def test_the_command_measures_once_and_says_so(vlm, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(generate, "Engine", kept)
     command = ["--model", str(vlm), "--context", str(tmp_path / "context.txt"), "--prompt", "?", "--no-compile"]
     command += ["--json", "--max-new-tokens", "2", "--budget", "0.5"]
+    layers = []
     for more, notes in (["--no-calibration"], 0), (["--policy", "snapkv"], 0), (["--budget=1"], 0), ([], 1), ([], 0):
         generate.main([*command, *more])
         out, err = capsys.readouterr()
-        assert err.count("note: measuring which layers") == err.count("\n") == notes and json.loads(out)["token_ids"]
+        assert err.count("note: measuring which layers") == err.count("\n") == notes
+        layers.append(json.loads(out)["retrieving_layers"])
+    assert layers == [2, 0, 0, 1, 1]
     assert [config.head_profile is not None for config in given] == [False, False, False, True, True]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
