@@ -125,37 +125,40 @@ def timed(work: Callable[[], object], now: Callable[[], float]) -> tuple[float, 
     return now() - start, done
 
 
-def measure(lab: Lab, asked: list[Asked], policy: str, config: HybridConfig) -> dict:
-    """One subject's questions, asked in both ways. Shares are of the questions after the first."""
+def measure(lab: Lab, asked: list[Asked], policy: str, config: HybridConfig, times_only: bool = False) -> dict:
+    """One subject's questions, asked in both ways. Lists are of the questions after the first."""
     model, processor = lab.model, lab.processor
     eos, now = model.cfg.eos_token_id, clock(model.device)
     engine = Engine(model, config, policy, eos, compile=False)
     read_s, reading = timed(lambda: engine.read(asked[0].prompt), now)
-    on_reading = LabOnReading(model, processor, lab.name)
-    on_reading.reading = reading
-    next_s, whole_s, same, right, right_whole = [], [], [], [], []
-    for one in asked:
-        question = Question(one.prompt, reading)
-        next_s.append(timed(lambda q=question: engine.generate([q], 1), now)[0])
-        whole_s.append(timed(lambda p=one.prompt: engine.generate([p], 1), now)[0])
-        given, whole = (engine.generate([prompt], one.limit)[0].token_ids for prompt in (question, one.prompt))
-        same.append(given == whole)
-        right.append(one.right(processor.decode(given)))
-        right_whole.append(one.right(processor.decode(whole)))
-    return {
+    next_s = [timed(lambda p=one.prompt: engine.ask(reading, p, 1), now)[0] for one in asked]
+    again_s = [timed(lambda p=one.prompt: engine.generate([p], 1), now)[0] for one in asked[1:]]
+    row = {
         "read_s": read_s,
         "first_s": read_s + next_s[0],
         "next_s": next_s[1:],
-        "again_s": whole_s[1:],
-        "same": same[1:],
-        "right": right[1:],
-        "right_again": right_whole[1:],
-        "kl": divergence(on_reading, asked[1:], policy, config),
-        "kl_again": divergence(lab, asked[1:], policy, config),
-        "right_kept": kept_for_the_first(model, processor, asked, policy, config),
+        "again_s": again_s,
         "reading_bytes": reading.bytes,
         "prompt_tokens": len(asked[0].prompt.input_ids),
         "new_tokens_read": len(asked[-1].prompt.input_ids) - reading.tokens,
+    }
+    if times_only:
+        return row
+    same, right, right_again = [], [], []
+    for one in asked[1:]:
+        given, whole = (engine.generate([p], one.limit)[0] for p in (Question(one.prompt, reading), one.prompt))
+        same.append(given == whole)
+        right.append(one.right(processor.decode(given.token_ids)))
+        right_again.append(one.right(processor.decode(whole.token_ids)))
+    on_reading = LabOnReading(model, processor, lab.name)
+    on_reading.reading = reading
+    return row | {
+        "same": same,
+        "right": right,
+        "right_again": right_again,
+        "kl": divergence(on_reading, asked[1:], policy, config),
+        "kl_again": divergence(lab, asked[1:], policy, config),
+        "right_kept": kept_for_the_first(model, processor, asked, policy, config),
     }
 
 
@@ -179,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--task", choices=("lookup", "lookups", "chain", "right"), default="lookup", help="about boards")
     add("--policies", nargs="+", choices=POLICIES, default=list(POLICY))
     add("--budget", type=float, default=0.1)
+    add("--times-only", action="store_true", help="leave out answers and divergence, which take several times as long")
     add("--device", default="cpu")
     add("--out", type=Path, help="append JSON lines to this file")
     args = parser.parse_args(argv)
@@ -199,18 +203,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                     asked = board_questions(lab.processor, tokens, args.questions, index, args.task)
                 else:
                     asked = text_questions(lab.processor, tokens, args.questions, index)
-                runs.append(measure(lab, asked, policy, config))
+                runs.append(measure(lab, asked, policy, config, args.times_only))
             row = summary(runs) | {"model": args.model, "tokens": tokens, "task": args.task, "policy": policy}
-            shares = ", ".join(
-                "-" if row[name] is None else f"{row[name]:.0%}"
-                for name in ("same", "right", "right_again", "right_kept")
-            )
+            found = "" if args.times_only else f"{shares(row)}; {row['kl']:.4f}, {row['kl_again']:.4f}"
             print(
                 f"{tokens:6d} {policy:>10} {row['first_s']:9.2f} s {row['next_s']:6.3f} s {row['again_s']:6.2f} s "
-                f"{row['first_s'] / row['next_s']:6.1f}x  {shares}; {row['kl']:.4f}, {row['kl_again']:.4f}",
+                f"{row['first_s'] / row['next_s']:6.1f}x  {found}",
                 flush=True,
             )
             write_row(args.out, row | {"budget": args.budget} | about)
+
+
+def shares(row: dict) -> str:
+    found = [row[name] for name in ("same", "right", "right_again", "right_kept")]
+    return ", ".join("-" if share is None else f"{share:.0%}" for share in found)
 
 
 def summary(runs: list[dict]) -> dict:
@@ -224,7 +230,7 @@ def summary(runs: list[dict]) -> dict:
             row[name] = statistics.mean(values) if values else None
         else:
             row[name] = value
-    return row | {"questions": sum(len(run["same"]) for run in runs)}
+    return row | {"questions": sum(len(run["next_s"]) for run in runs)}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def test_questions_about_a_text(llama, tmp_path):
     out = tmp_path / "rows.jsonl"
     command = ["--model", str(llama), "--tokens", "300", "--questions", "2", "--policies", "snapkv", "--budget", "0.5"]
     readings.main([*command, "--out", str(out)])
-    (row,) = rows_of(out)
+    readings.main([*command, "--out", str(out), "--times-only"])
+    row, times = rows_of(out)
+    assert times.keys() == row.keys() - {"same", "right", "right_again", "right_kept", "kl", "kl_again"}
     assert row["questions"] == 1 and row["budget"] == 0.5 and row["new_tokens_read"] < row["prompt_tokens"] - 200
 
 
