@@ -66,6 +66,8 @@ def draw_config(rng: random.Random, **chosen) -> HybridConfig:
         "sinks": rng.randint(0, 6),
         "recent": rng.randint(0, 20),
         "head_profile": head_profile(2, 2),
+        "store": rng.choice([None, "device", "host"]),
+        "stickiness": rng.choice([1, 2, 100]),
     }
     return HybridConfig(**fields | chosen)
 

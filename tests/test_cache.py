@@ -311,8 +311,9 @@ def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, 
                 assert int((z.int() - encode(k[None], *parts)[0].int()).abs().max()) <= 1
 
 
-def test_loading_another_prompt_replaces_the_first():
-    config = HybridConfig(budget=0.5)
+@pytest.mark.parametrize("store", ["device", "host"])
+def test_loading_another_prompt_replaces_the_first(store):
+    config = HybridConfig(budget=0.5, store=store)
     shapes = [(2, 2, 300, 16), (2, 2, 260, 16)]
     first, second = (
         random_prefill(config, 2, s, torch.arange(s[2]) < s[2] - 20, i, torch.float32) for i, s in enumerate(shapes)

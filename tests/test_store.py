@@ -1,5 +1,7 @@
 """The store in host memory and its frames: against slow twins, over thousands of steps, and compiled."""
 
+import contextlib
+import ctypes
 import math
 import re
 from dataclasses import replace
@@ -14,7 +16,7 @@ from torch._dynamo.utils import counters
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Capacity, Engine, HybridCache, HybridConfig, Prefill, hybrid_plan
-from hybridkv.cache.store import HostStore, StoreError, entries, exchange, marked
+from hybridkv.cache.store import PAGE, HostStore, StoreError, entries, exchange, host_tensor, marked
 from hybridkv.cli import one_line
 from tests.lab import (
     Bench,
@@ -301,6 +303,58 @@ def test_a_store_that_can_not_be_had_says_so(monkeypatch):
     with pytest.raises(StoreError, match="bytes of host memory") as error:
         HostStore(100, 10, 16, like, 1.0)
     assert one_line(error.value, "lower --max-pixels") == str(error.value)
+
+
+class Runtime:
+    """Stands in for CUDA's: notes what is locked, and refuses what is more than the limit."""
+
+    def __init__(self, limit: int):
+        self.limit, self.locked, self.waited = limit, {}, 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if size > self.limit:
+            return 2
+        assert flags == 3 and address not in self.locked
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        assert self.waited  # a kernel may be reading it
+        del self.locked[address]
+        return 0
+
+
+def test_host_memory_is_locked_as_long_as_its_owner_lives(monkeypatch):
+    """Whole pages that nobody else has, exactly as many as there must be; refused in words that help."""
+
+    class Owner:
+        pass
+
+    def view(memory, device):
+        (size,), (address, _) = (memory.__cuda_array_interface__[name] for name in ("shape", "data"))
+        return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+
+    runtime, owners = Runtime(100_000), [Owner(), Owner()]
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(runtime, "waited", runtime.waited + 1))
+    monkeypatch.setattr(torch, "as_tensor", view)
+    cuda = torch.device("cuda")
+    for n, owner in enumerate(owners):
+        tensor = host_tensor((1, 1, 300, 7), torch.bfloat16, cuda, owner)
+        tensor.fill_(n)
+        assert tensor.shape == (1, 1, 300, 7) and tensor.data_ptr() % PAGE == 0
+        assert runtime.locked[tensor.data_ptr()] == 2 * PAGE  # of 4,200 bytes
+    assert len(runtime.locked) == 2
+    with pytest.raises(StoreError, match=r"can't be locked.*memlock"):
+        host_tensor((1, 1, 30_000, 7), torch.bfloat16, cuda, Owner())
+    del owner
+    for n in range(2):
+        owners.pop()
+        assert len(runtime.locked) == 1 - n == 2 - runtime.waited
+    monkeypatch.setattr(torch, "as_tensor", lambda memory, device: torch.zeros(1, dtype=torch.uint8))
+    with pytest.raises(StoreError, match="no view of host memory"):
+        host_tensor((1, 1, 3, 7), torch.bfloat16, cuda, Owner())
 
 
 @pytest.fixture(scope="module")
