@@ -12,5 +12,5 @@ grep -v -E '^(transformers|huggingface_hub)==' constraints.txt > "$folder/constr
 pip="$folder/bin/python -m pip install --quiet --constraint $folder/constraints.txt"
 $pip torch
 $pip "transformers==$oldest.*" '.[test]'
-"$folder/bin/python" -m pip list 2>/dev/null | grep -i -E '^(torch|transformers|huggingface|tokenizers) '
+"$folder/bin/python" -m pip list 2>/dev/null | grep -i -E '^(torch|transformers|huggingface[-_]hub|tokenizers) '
 "$folder/bin/python" -m pytest tests/test_hf.py -q -p no:cacheprovider "$@"
