@@ -230,12 +230,14 @@ class HybridKVCache(RoutedCache):
         if store is None or store.batch != batch or not store.capacity.covers(capacity):
             check_pool(capacity.n_pages * like.config.page_size * key.shape[-1], key.device)
             self._store = store = None
-            self._store = HybridCache(capacity, batch, like)
+            with torch.inference_mode(False):  # its tensors outlive a `generate` in inference mode
+                self._store = HybridCache(capacity, batch, like)
         self._store.reserve(plans, self.max_new_tokens)
         self._plans = plans
         if self._length is None or len(self._active) != batch:
-            self._length = torch.zeros((), dtype=torch.int64, device=key.device)
-            self._active = torch.ones(batch, dtype=torch.bool, device=key.device)
+            with torch.inference_mode(False):
+                self._length = torch.zeros((), dtype=torch.int64, device=key.device)
+                self._active = torch.ones(batch, dtype=torch.bool, device=key.device)
             for tensor in (self._length, self._active):
                 torch._dynamo.mark_static_address(tensor)  # as transformers' own, so that CUDA graphs can be used
         self._length.fill_(self._tokens)

@@ -262,6 +262,15 @@ def test_another_prompt_in_the_same_memory(name):
     assert torch.equal(tokens, run(its.model, other, made(its, other))[0])
 
 
+def test_inference_mode():
+    its = world("Llama")
+    kv = made(its)
+    with torch.inference_mode():
+        first, _ = run(its.model, its.inputs, kv)
+    kv.reset()
+    assert torch.equal(run(its.model, its.inputs, kv)[0], first)
+
+
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="needs a checkout")
 def test_what_the_document_says_runs():
     """The code in docs/huggingface.md, on a prompt that is long enough for a tenth."""
