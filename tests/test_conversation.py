@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from demo import tiny_vlm
 from hybridkv import Engine, HybridConfig, chat, demos
 from hybridkv.conversation import Conversation
 from hybridkv.model import InputError, Processor, from_pretrained
@@ -224,7 +227,11 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(vlm, tmp_path):
     """An answer of 50,000 tokens, and a home that nothing can be written to."""
     home = tmp_path / "file"
     home.write_text("")
-    arguments = ["--model", vlm, "--no-compile", "--no-calibration", "--max-new-tokens", 50_000]
+    endless = shutil.copytree(vlm, tmp_path / "endless")
+    weights = load_file(endless / "model.safetensors")
+    weights["lm_head.weight"][tiny_vlm.token_id("<|im_end|>")] = 0.0  # a logit of 0 is never the largest of hundreds
+    save_file(weights, endless / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--model", endless, "--no-compile", "--no-calibration", "--max-new-tokens", 50_000]
     with terminal("hybridkv.chat", *arguments, HOME=str(home), XDG_STATE_HOME=str(home)) as person:
         person.until("> ")
         person.type("Go on and on?\n")

@@ -1,14 +1,18 @@
 """Chat messages: the ids of transformers' own processor, what is prunable, what is read once, what is refused."""
 
 import json
+import re
 from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hybridkv import demos
 from hybridkv.model import InputError, Processor
 from tests.fuzz_prompts import processors
+from tests.lab import examples
 from tests.test_chat import INJECTED
 from tests.test_pictures import picture
 
@@ -89,6 +93,49 @@ def test_ids_of_text_are_those_of_any_template(known, name):
     messages = [BRIEF, user(text("One. "), text("Two?")), SAID, {"role": "user", "content": "  Three?\n"}]
     chat = processor.tokenizer.apply_chat_template(without_images(messages), tokenize=False, add_generation_prompt=True)
     assert processor(messages).input_ids.tolist() == processor.tokenizer(chat)["input_ids"]
+
+
+TEXTS = ["Who?", " a", "\n\nB ", "  ", "", "12:45", "Grüße", "it's\n", "中文", "The end."]
+CONTEXTS = ["A long text. " * 4, "x", " \n", "12 = 12"]
+said_text = st.sampled_from(TEXTS).map(text)
+said_context = st.sampled_from(CONTEXTS).map(lambda words: text(words, context=True))
+seen_image = st.sampled_from([(56, 56), (112, 84), (28, 140)]).map(lambda size: image(*size))
+
+
+@st.composite
+def conversations(draw) -> list[dict]:
+    """Any turns of any parts, the last of which asks something."""
+    turns = [{"role": "system", "content": "Be brief."}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(0, 3))):
+        parts = draw(st.lists(said_text | said_context | seen_image, min_size=1, max_size=4))
+        turns.append({"role": draw(st.sampled_from(["user", "assistant"])), "content": parts})
+    return [*turns, user(*draw(st.lists(said_text | said_context | seen_image, max_size=3)), text("Why?"))]
+
+
+@given(conversations(), st.sampled_from(["bundled", "bytes", "qwen"]))
+@examples(60)
+def test_any_conversation_has_the_ids_of_transformers(known, messages, name):
+    """The template's text with its placeholders expanded, tokenized; and what is read once does not hang on the end."""
+    processor = known[name]
+    prompt = processor(messages)
+    bare = [
+        message | {"content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+    chat = processor.tokenizer.apply_chat_template(without_images(bare), tokenize=False, add_generation_prompt=True)
+    counts = iter([t * h * w // 4 for t, h, w in prompt.grids])
+    chat = re.sub(re.escape("<|image_pad|>"), lambda m: m[0] * next(counts), chat)
+    assert prompt.input_ids.tolist() == processor.tokenizer(chat)["input_ids"]
+    assert processor(prompt.messages).input_ids.tolist() == prompt.input_ids.tolist()
+    if prompt.heavy:
+        other = processor("Something else, at length?", after=prompt.subject)
+        assert torch.equal(other.input_ids[: prompt.heavy], prompt.input_ids[: prompt.heavy])
+    if prompt.settled:
+        other = processor([user(text("Something else?"))], after=prompt.messages[:-1]) if len(messages) > 1 else prompt
+        if messages[-2]["role"] != "user":  # else it is said in the same turn
+            assert torch.equal(other.input_ids[: prompt.settled], prompt.input_ids[: prompt.settled])
 
 
 def words(processor: Processor, ids: torch.Tensor) -> str:
