@@ -134,6 +134,7 @@ class HostMemory:
     """An ordinary tensor of the host, to be seen from a GPU: CUDA's and ROCm's array interface."""
 
     def __init__(self, data: Tensor):
+        self.data = data  # lives as long as what sees it
         self.__cuda_array_interface__ = dict(
             shape=(data.numel(),), typestr="|u1", data=(data.data_ptr(), False), version=3, strides=None
         )
