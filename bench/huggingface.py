@@ -10,6 +10,7 @@ the first two, of one `generate` after another that compiled.
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "command": f"python -m bench.huggingface {' '.join(sys.argv[1:] if argv is None else argv)}",
     }
     print(
         f"torch {about['torch']}, transformers {about['transformers']}, {about['machine']}, {about['threads']} threads"
