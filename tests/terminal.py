@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 300  # seconds without the awaited words, on a machine however busy
+PATIENCE = 300  # seconds without a word, on a machine however busy
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
@@ -32,16 +32,16 @@ class Terminal:
 
     def until(self, words: str) -> str:
         """Waits for words, and returns all that came before them since the last time."""
-        limit = time.monotonic() + PATIENCE
         while words not in self.text[self.seen :]:
-            ready, _, _ = select.select([self.end], [], [], max(0.0, limit - time.monotonic()))
-            if not ready or not self._read():
-                raise AssertionError(f"{words!r} never came; there was {self.text[self.seen :]!r}")
+            assert self.read(), f"{words!r} never came; there was {self.text[self.seen :]!r}"
         at = self.text.index(words, self.seen)
         before, self.seen = self.text[self.seen : at], at + len(words)
         return before
 
-    def _read(self) -> bool:
+    def read(self) -> bool:
+        """Waits for what the command writes next; whether there is any."""
+        ready, _, _ = select.select([self.end], [], [], PATIENCE)
+        assert ready, f"nothing more came; there was {self.text[self.seen :]!r}"
         try:
             some = os.read(self.end, 4096)
         except OSError:  # the other end is closed
@@ -52,9 +52,21 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.end, text.encode())
 
+    def interrupt_at_prompt(self) -> None:
+        """Types Ctrl-C once the command sleeps, waiting for a key.
+
+        Between showing its prompt and that, CPython's readline module notes the signal and then waits for a key all the
+        same. (Where there is no /proc, a second has to do.)
+        """
+        state = Path(f"/proc/{self.process.pid}/stat")
+        time.sleep(0 if state.exists() else 1)
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+        self.type("\x03")
+
     def ended(self) -> int:
         """Waits for the command's end; its exit code."""
-        while self._read():
+        while self.read():
             pass
         return self.process.wait(timeout=PATIENCE)
 

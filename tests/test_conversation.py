@@ -212,7 +212,7 @@ def test_at_a_terminal(tmp_path):
         person.type(f"/image {DEMOS['chain'].images[0]}\n")
         person.until("tokens read")
         person.until("> ")
-        person.type("\x03")
+        person.interrupt_at_prompt()
         person.until("(Ctrl-D ends)")
         person.until("> ")
         person.type("/stats\n")
@@ -237,7 +237,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(vlm, tmp_path):
         person.type("Go on and on?\n")
         person.until("Go on and on?")  # the echo
         while not re.search(r"\S", person.text[person.seen :]):
-            assert person._read()
+            assert person.read()
         person.type("\x03")
         person.until("(stopped)")
         person.until("> ")
