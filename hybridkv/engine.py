@@ -39,6 +39,7 @@ from hybridkv.launch import Steps
 from hybridkv.planning.plan import Plan, check_plan, full_plan
 from hybridkv.planning.policies import POLICIES
 from hybridkv.planning.prefill import NotRead, Prefill, all_but_question
+from hybridkv.planning.share import share
 from hybridkv.read_on import PrefillOn, read_once
 from hybridkv.reading import Question, Reading
 from hybridkv.sampling import Sampling
@@ -188,6 +189,7 @@ class Engine:
             if (b, layer) == (0, 0) and (n_layers := getattr(self.model, "n_layers", None)):
                 try:
                     plans.extend(self.plan(p.outline(n_layers, prefill.like)) for p in prefills)
+                    plans[:] = share(plans, prompts)
                     ahead = True
                     self._make_room(plans, new_tokens, prefill.outline(n_layers, prefill.like))
                 except NotRead:
@@ -215,7 +217,7 @@ class Engine:
                 # The next prompt needs the room that this one's full cache takes; the last one's is packed from it.
                 waiting.append(kept if b + 1 == len(prompts) else list(kept))
         if not ahead:
-            self._fill(plans, waiting, new_tokens, prefills[0])
+            self._fill(share(plans, prompts), waiting, new_tokens, prefills[0])
         return torch.cat(logits), positions
 
     def load(self, prefills: Sequence[Prefill], new_tokens: int) -> None:

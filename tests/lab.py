@@ -147,14 +147,22 @@ def chunks_of(cache: HybridCache, layer: int, lane: int) -> list[int]:
     at = row_of(cache, layer, lane)
     if at is None:
         return []
-    first = int(cache.first[at]) + cache.capacity.host * cache.capacity.n_pages
-    return list(range(first, first + int(cache.n_chunks[at])))
+    return [store_page(cache, at, chunk) for chunk in range(int(cache.n_chunks[at]))]
+
+
+def store_page(cache: HybridCache, at: tuple[int, int], chunk: int) -> int:
+    """Where a chunk of a row lies, counted behind the pool's pages if that is in host memory."""
+    if not cache.capacity.host:
+        return int(cache.first[at]) + chunk
+    first, own, n_shared = cache.runs[at].tolist()
+    return cache.capacity.n_pages + (first if chunk < n_shared else own) + chunk
 
 
 def tail_of(cache: HybridCache, layer: int, lane: int) -> int:
     """The page that a lane's new tokens fill, in the store if it is a dynamic lane's."""
     if cache.capacity.host and cache.row[layer, lane]:
-        return chunks_of(cache, layer, lane)[-1] + 1
+        at = row_of(cache, layer, lane)
+        return store_page(cache, at, int(cache.n_chunks[at]))
     return int(cache.tail[layer, lane])
 
 
@@ -181,8 +189,8 @@ def pages_read(cache: HybridCache, layer: int, q: Tensor) -> list[set[int]]:
     read = []
     for lane in range(len(q)):
         if cache.capacity.host:
-            shift = chunks_of(cache, layer, lane)[0] if cache.row[layer, lane] else 0
-            held = [shift + int(cache.store.held[frame]) for frame in frames_of(cache, layer, lane)]
+            chunks = chunks_of(cache, layer, lane)
+            held = [chunks[cache.store.held[frame]] for frame in frames_of(cache, layer, lane)]
             assert len(set(held)) == len(held)  # no chunk twice
             read.append({*held, *fixed_of(cache, layer, lane), tail_of(cache, layer, lane)})
         else:

@@ -32,6 +32,7 @@ from tests.lab import (
     random_prefill,
     row_of,
     shapes,
+    store_page,
 )
 
 PROMPTS = [prompt(2000, 0), prompt(1500, 1)]
@@ -83,7 +84,7 @@ def poison(cache: HybridCache) -> None:
             pool |= set(pages[lane, : n[lane]].tolist())
             chunks |= {page - cache.capacity.n_pages for page in chunks_of(cache, layer, lane)}
             if at := row_of(cache, layer, lane):
-                chunks.add(int(cache.first[at] + cache.n_chunks[at]))
+                chunks.add(store_page(cache, at, int(cache.n_chunks[at])) - cache.capacity.n_pages)
     for tensors, pages, used in (
         ((cache.keys, cache.values), cache.capacity.n_pages, pool),
         ((store.keys, store.values), cache.capacity.n_store, chunks),

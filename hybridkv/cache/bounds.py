@@ -39,6 +39,9 @@ class KeyBounds(nn.Module):
             if k.shape[1] > tail:
                 self.low[numbers[full]], self.high[numbers[full]] = k[lane, tail:].amin(0), k[lane, tail:].amax(0)
 
+    def share(self, row: Tensor, other: Tensor) -> None:
+        """Nothing belongs to a row."""
+
     def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
         first = (fill == 0)[:, None]  # the page's last owner left its bounds behind
         self.low.index_copy_(0, page, torch.where(first, k, torch.minimum(self.low[page], k)))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCALARS = 7  # int32 numbers of a lane: start, n_full, tail, fill, ring, end, row
 ROW_SCALARS = 5  # and of a dynamic lane: first, n_chunks, n_retrieve, lane, fetched
+SHARED = 2  # and where the store is on the host: own, n_shared
 INDEX = 8  # bytes of a layer's number
 
 
@@ -83,7 +84,7 @@ class Capacity:
             for part, null in ((0, 1), (1, host))
         )
         full = max(int(plan.lane_full(new_tokens).max()) for plan in plans)
-        chunks = max(int(plan.lane_pages(new_tokens)[0].max()) for plan in plans)
+        chunks = max(int(plan.lane_columns(new_tokens).max()) for plan in plans)
         retrieve = max(int(plan.n_retrieve.max()) for plan in plans)
         room = torch.stack([plan.retrieving for plan in plans]).sum(0)  # (layers,) lanes that may be dynamic
         if room.any():  # the graph retrieves, even if no lane of these prompts does
@@ -109,7 +110,7 @@ class Capacity:
         """Bytes of a cache's tensors on the device, all tables included; lanes: over all sequences, of one layer."""
         layers, retrieving = len(self.retrieving), sum(self.retrieving)
         pages = self.n_pages * (costs.page + self.host * costs.entry) + self.n_store * costs.summary
-        rows = retrieving * self.rows * (ROW_SCALARS * costs.entry + costs.basis)
+        rows = retrieving * self.rows * ((ROW_SCALARS + SHARED * self.host) * costs.entry + costs.basis)
         numbers = (2 * layers + retrieving) * INDEX
         return pages + rows + layers * lanes * SCALARS * costs.entry + numbers
 

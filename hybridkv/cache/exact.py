@@ -25,6 +25,9 @@ class ExactKeys(nn.Module):
             slots = (numbers[:, None] * self.page_size + slot).flatten()
             self.keys[slots[: k.shape[1]]] = k[lane]
 
+    def share(self, row: Tensor, other: Tensor) -> None:
+        """Nothing belongs to a row."""
+
     def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
         self.keys.index_copy_(0, page * self.page_size + fill, k)
 

@@ -23,7 +23,7 @@ from hybridkv.cache.cost import CacheBytes, count_bytes
 from hybridkv.cache.exact import ExactKeys
 from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, layer_slots, place
 from hybridkv.cache.recording import Recording
-from hybridkv.cache.retrieve import best_chunks, chunk_pages, select
+from hybridkv.cache.retrieve import best_chunks, chunk_pages, page_of, select
 from hybridkv.cache.sketch import KeySketch
 from hybridkv.cache.store import DeviceStore, HostStore
 from hybridkv.planning.plan import Plan
@@ -31,6 +31,7 @@ from hybridkv.planning.prefill import Prefill
 
 LANE_TABLES = ("start", "n_full", "tail", "fill", "ring", "end", "row")  # as many as capacity.SCALARS
 ROW_TABLES = ("first", "n_chunks", "n_retrieve", "lane", "fetched")  # as many as capacity.ROW_SCALARS
+RUNS = ("first", "own", "n_shared")  # `page_of` wants them side by side; the last two with the store on the host
 
 
 def of(layer: Tensor, table: Tensor) -> Tensor:
@@ -88,8 +89,9 @@ class HybridCache(nn.Module):
         buffer("values", 1, 1, slots, dim, dtype=key.dtype)
         for name in LANE_TABLES:
             buffer(name, *lanes)
-        for name in ROW_TABLES:
+        for name in ROW_TABLES[1:]:
             buffer(name, *rows)
+        buffer("runs", *rows, *([len(RUNS)] if capacity.host else []))
         self.register_buffer(
             "retrieving", torch.tensor(retrieving, dtype=torch.int64, device=key.device), persistent=False
         )
@@ -103,6 +105,11 @@ class HybridCache(nn.Module):
         self.recording = Recording((*rows, capacity.retrieve), key.device) if record else None
         self._plans: list[Plan] = []
         self._placement: Placement | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """(N, R), see `Placement`."""
+        return self.runs[..., 0] if self.capacity.host else self.runs
 
     def __getitem__(self, layer: int) -> "CacheLayer":
         return self.layers[layer]
@@ -141,7 +148,7 @@ class HybridCache(nn.Module):
         """
         lane, mine = of(nth, self.lane), self._mine(nth)
         fill = F.pad(of(layer, self.fill), (0, 1)).index_select(0, lane)
-        page = (of(nth, self.first) + of(nth, self.n_chunks)).long()  # the tail page lies behind the chunks
+        page = page_of(of(nth, self.runs), of(nth, self.n_chunks)[:, None])[:, 0].long()  # the tail: behind the chunks
         k, v = k.index_select(0, mine), v.index_select(0, mine)
         self.summary.append(k, page, fill, self._rows(nth))
         self.store.append(k, v, page * self.page_size + fill)
@@ -154,8 +161,8 @@ class HybridCache(nn.Module):
         """Pages (L, P) that a step reads whole, those retrieved for q (L, G, D) first, and how many (L,) there are."""
         if nth is None:
             return self._run(layer)
-        mine, tables = self._mine(nth), (self.first, self.n_chunks, self.n_retrieve)
-        first, n_chunks, k = (of(nth, table) for table in tables)  # (R,)
+        mine, tables = self._mine(nth), (self.runs, self.n_chunks, self.n_retrieve)
+        first, n_chunks, k = (of(nth, table) for table in tables)  # (R,), the first (R, 3) with the store on the host
         count, columns = self.capacity.retrieve, self.capacity.chunks
         asking = (q.index_select(0, mine), first, n_chunks, self._rows(nth), k)  # (R, G, D), ...
         on_host, favour = isinstance(self.store, HostStore), None
@@ -172,7 +179,7 @@ class HybridCache(nn.Module):
             return self._run(layer)
         row = of(layer, self.row)
         other = (row - 1).clamp(min=0)
-        found = (first[:, None] + chosen).int().index_select(0, other)  # (L, F) pages
+        found = page_of(first, chosen).int().index_select(0, other)  # (L, F) pages
         return self._run(layer, found, torch.where(row > 0, k.index_select(0, other), 0))
 
     def _run(self, layer: Tensor, found: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -239,14 +246,18 @@ class HybridCache(nn.Module):
         tables = {name: rearrange(table, "l b h -> l (b h)") for name, table in tables.items()}
         for name in LANE_TABLES:
             getattr(self, name).copy_(tables[name])
-        for name in ROW_TABLES:
+        for name in ROW_TABLES[1:]:
             getattr(self, name).zero_()
+        self.runs.zero_()
+        runs = RUNS if self.capacity.host else RUNS[:1]
         self.lane.fill_(self.batch * self.heads)
         for n, layer in enumerate(self.retrieving.tolist()):
             lane = tables["row"][layer].nonzero()[:, 0]
             self.lane[n, : len(lane)] = lane.to(self.lane)
-            for name in ("first", "n_chunks", "n_retrieve"):
+            for name in ("n_chunks", "n_retrieve"):
                 getattr(self, name)[n, : len(lane)] = tables[name][layer, lane].to(self.lane)
+            found = torch.stack([tables[name][layer, lane] for name in runs], 1).to(self.lane)  # (rows, 3) or (rows, 1)
+            self.runs[n, : len(lane)] = found.view(len(lane), *self.runs.shape[2:])
         if isinstance(self.store, HostStore):
             self.store.held.fill_(-1)
         if self.recording is not None:
@@ -267,15 +278,37 @@ class HybridCache(nn.Module):
                 write(kept.k[mine], kept.v[mine], where[some].to(device))
         dynamic = plan.dynamic[layer].nonzero()[:, 0]
         if len(dynamic):
-            first, row = placement.first[layer, b, dynamic], placement.row[layer, b, dynamic].long() - 1
-            pages = [page + torch.arange(plan.lane_chunks + 1, device=device) for page in first.tolist()]
-            rows = (sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row).to(device)
-            keys = chunk_keys(plan, kept, layer)
-            self.summary.pack(keys, pages, rows, plan.lane_chunks, min(plan.settled_chunks, plan.lane_chunks))
+            rows = self._numbers(layer, placement.row[layer, b, dynamic])
+            self._sum_up(b, layer, dynamic, rows, chunk_keys(plan, kept, layer))
             if isinstance(self.store, HostStore):
                 self._fill_frames(b, layer, dynamic, rows, kept.q)
         if self.recording is not None:
             self.recording.keep(b, kept)
+
+    def _numbers(self, layer: int, row: Tensor) -> Tensor:
+        """Numbers among the rows of all layers, (N,) on the device, of a layer's rows (N,), counted from 1."""
+        return (sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row.long() - 1).to(self.keys.device)
+
+    def _sum_up(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, keys: Tensor) -> None:
+        """Summaries of the chunks of a layer's dynamic lanes: keys (N, T', D), see `chunk_keys`; rows: (N,).
+
+        Of lanes that share their first chunks, only those that follow are summed up.
+        """
+        plan, placement = self._plans[b], self._placement
+        full, shares = plan.lane_chunks, plan.shares[layer, dynamic]
+        first = placement.own[layer, b, dynamic]
+        for shared in (False, True):
+            some = ((shares >= 0) == shared).nonzero()[:, 0]
+            if not len(some):
+                continue
+            skipped = shared * plan.settled_chunks
+            if shared:
+                other = placement.row[layer, shares[some], dynamic[some]]
+                self.summary.share(rows[some.to(rows.device)], self._numbers(layer, other))
+            pages = [page + torch.arange(skipped, full + 1, device=keys.device) for page in first[some].tolist()]
+            mine = keys[some.to(keys.device), skipped * self.page_size :]
+            fitted = 0 if shared else min(plan.settled_chunks, full)
+            self.summary.pack(mine, pages, rows[some.to(rows.device)], full - skipped, fitted)
 
     def _write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         self.keys.index_copy_(2, slots, k[None, None])
@@ -284,7 +317,8 @@ class HybridCache(nn.Module):
     def _fill_frames(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, q: Tensor | None) -> None:
         """Frames begin with what the question's last query, (Hq, D), would choose, or with the first chunks."""
         plan, placement = self._plans[b], self._placement
-        tables = (placement.first[:, b], placement.start[:, b], plan.n_chunks, plan.n_retrieve)
+        first = torch.stack([getattr(placement, name)[:, b] for name in RUNS], -1)  # (layers, H, 3)
+        tables = (first, placement.start[:, b], plan.n_chunks, plan.n_retrieve)
         first, start, n_chunks, k = (table[layer, dynamic].to(rows.device) for table in tables)
         count, columns = self.capacity.retrieve, self.capacity.chunks
         if q is None:

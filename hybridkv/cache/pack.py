@@ -16,6 +16,8 @@ class Placement:
 
     Attributes:
         first: a dynamic lane's first page in the store, where its chunks lie, then its tail pages.
+        own, n_shared: of a lane that shares its first `n_shared` chunks, these lie where `first` says, in another's
+            run, and the others in its own, which would begin at page `own` if it had all of them. Else first and 0.
         start: first page of a lane's run in the pool: frames if the store is on the host, then pages that are fixed.
         n_full: pages of the run that a step reads whole.
         tail: page that new tokens fill; it lies behind those that are read whole.
@@ -24,6 +26,8 @@ class Placement:
     """
 
     first: Tensor
+    own: Tensor
+    n_shared: Tensor
     start: Tensor
     n_full: Tensor
     tail: Tensor
@@ -40,28 +44,33 @@ def place(plans: list[Plan], capacity: Capacity, new_tokens: int) -> Placement:
     """
     host = capacity.host
     stored, kept = (torch.stack(part, 1) for part in zip(*(plan.lane_pages(new_tokens) for plan in plans), strict=True))
-    dynamic, n_chunks, n_fixed, fill, n_retrieve = (
+    dynamic, n_chunks, n_fixed, fill, n_retrieve, shares, n_shared = (
         torch.stack([getattr(plan, name) for plan in plans], 1)
-        for name in ("dynamic", "n_chunks", "n_fixed", "fill", "n_retrieve")
+        for name in ("dynamic", "n_chunks", "n_fixed", "fill", "n_retrieve", "shares", "n_shared")
     )  # each (layers, B, H)
 
     def runs(first: int, pages: Tensor) -> Tensor:
         return first + pages.flatten().cumsum(0).view_as(pages) - pages
 
-    first, start = runs(1, stored) * dynamic, runs(1 if host else capacity.n_store, kept)
+    run, start = runs(1, stored) * dynamic, runs(1 if host else capacity.n_store, kept)
+    own, end_of_run = run - n_shared, run + stored
+    first = torch.where(n_shared > 0, run.gather(1, shares.clamp(min=0)), run)
     n_full = n_fixed + n_retrieve * host
     in_store = dynamic & (not host)
-    tail = torch.where(in_store, first + n_chunks, start + n_full)
+    tail = torch.where(in_store, own + n_chunks, start + n_full)
     # A page that holds tokens of the prompt is not written over, but for what lies in the store, too.
     ring = torch.where(dynamic, tail, tail + (fill > 0))
-    end = torch.where(in_store, first + stored, start + kept)
+    end = torch.where(in_store, end_of_run, start + kept)
     row = dynamic.flatten(1).cumsum(1).view_as(dynamic) * dynamic
-    return Placement(*(table.int() for table in (first, start, n_full, tail, ring, end, row)))
+    return Placement(*(table.int() for table in (first, own, n_shared, start, n_full, tail, ring, end, row)))
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where one layer of a prompt goes: for each kept token its slot in the pool and in the store, -1 for none."""
+    """Where one layer of a prompt goes: for each kept token its slot in the pool and in the store, -1 for none.
+
+    What a lane shares has none: it is there already.
+    """
 
     pool: Tensor
     store: Tensor
@@ -71,19 +80,20 @@ def layer_slots(placement: Placement, plan: Plan, layer: int, b: int) -> Slots:
     """Slots of a layer's kept tokens, lane by lane in the order of `lane_tokens`: chunks, fixed pages, tail page."""
     size, pool, store = plan.page_size, [], []
     offset = torch.arange(size)
-    counts = (plan.n_chunks, plan.n_fixed, plan.fill, placement.n_full[:, b], placement.first[:, b])
-    counts = (*counts, placement.start[:, b], placement.tail[:, b])
-    for c, f, fill, n_full, first, start, tail in zip(*(t[layer].tolist() for t in counts), strict=True):
-        chunks = first * size + torch.arange(c * size)
+    counts = (plan.n_chunks, plan.n_fixed, plan.fill, placement.n_full[:, b], placement.own[:, b])
+    counts = (*counts, placement.n_shared[:, b], placement.start[:, b], placement.tail[:, b])
+    for c, f, fill, n_full, own, n_shared, start, tail in zip(*(t[layer].tolist() for t in counts), strict=True):
+        chunks = own * size + torch.arange(c * size)
+        chunks[: n_shared * size] = -1
         fixed = (start + n_full - f) * size + torch.arange(f * size)
         last = tail * size + offset[:fill]
-        if c == 0 and first == 0:
+        if c == 0 and own == 0:
             pool.append(torch.cat((fixed, last)))
             store.append(torch.full_like(pool[-1], -1))
         elif plan.host:
             nowhere = torch.full_like(chunks, -1)
             pool.append(torch.cat((nowhere, fixed, last)))
-            behind = (first + c) * size + offset[:fill]
+            behind = (own + c) * size + offset[:fill]
             store.append(torch.cat((chunks, torch.full_like(fixed, -1), behind)))
         else:
             pool.append(torch.cat((chunks, fixed, last)))

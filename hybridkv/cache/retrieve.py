@@ -2,7 +2,7 @@
 
 Scoring every chunk with its exact keys would read half the cache, so each chunk has a small summary: a `KeySketch`
 (`sketch.py`, ours) or `KeyBounds` (`bounds.py`, Quest's); `ExactKeys` (`exact.py`) is the oracle to compare them with.
-All score in the graph of the decoding step, and have the same three methods: `pack`, `append` and `scores`. Lanes
+All score in the graph of the decoding step, and have the same methods: `pack`, `share`, `append` and `scores`. Lanes
 without a summary have row 0, and what they would append goes to the null page.
 """
 
@@ -20,6 +20,8 @@ class Summary(Protocol):
     """Summaries of the chunks in a store; `KeySketch` documents the methods."""
 
     def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int, fitted: int | None = None) -> None: ...
+
+    def share(self, row: Tensor, other: Tensor) -> None: ...
 
     def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None: ...
 
@@ -43,10 +45,22 @@ def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
     return mass.masked_fill(~valid, -1.0)
 
 
+def page_of(first: Tensor, chunk: Tensor) -> Tensor:
+    """Pages of each lane's chunks (R, C), which lie one after the other from first (R,) on.
+
+    A lane that shares its first chunks has two runs: first (R, 3) then says where the shared ones begin, where its own
+    would if it had all of them, and how many it shares.
+    """
+    if first.dim() == 1:
+        return first[:, None] + chunk
+    shared, own, n_shared = first.split(1, 1)  # each (R, 1)
+    return torch.where(chunk < n_shared, shared, own) + chunk
+
+
 def chunk_pages(first: Tensor, n_chunks: Tensor, columns: int) -> Tensor:
-    """Pages of each lane's chunks, one after the other from first (R,) on: (R, columns), 0 where there is none."""
+    """Pages of each lane's n_chunks (R,) chunks, see `page_of`: (R, columns), 0 where there is none."""
     chunk = torch.arange(columns, device=first.device)
-    return torch.where(chunk < n_chunks[:, None], first[:, None] + chunk, 0)
+    return torch.where(chunk < n_chunks[:, None], page_of(first, chunk), 0)
 
 
 def best_chunks(
@@ -67,7 +81,8 @@ def best_chunks(
     to leave them out, the step would have to wait for the host.
 
     Args:
-        q: (R, G, D). first: (R,) each row's first page in the store, of n_chunks (R,). row: (R,) as in the summary.
+        q: (R, G, D). first: (R,) or (R, 3), where each row's n_chunks (R,) chunks lie in the store, see `page_of`.
+        row: (R,) as in the summary.
         k: (R,) how many are wanted, at most n_chunks and `count`.
         columns: chunks that a row may have.
         favour: (R, columns) what a chunk's mass is multiplied by, see `HostStore.favour`; None for nothing.

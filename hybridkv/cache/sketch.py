@@ -139,16 +139,22 @@ class KeySketch(nn.Module):
             k: (N, T, D) keys in the order of the lanes' pages: `full` full pages, then a partly filled tail page, if
                 there are keys for it.
             pages: N tensors of page numbers, tail page last. row: (N,).
-            fitted: of how many pages the sketch is made; None for the full ones.
+            fitted: of how many pages the sketch is made; None for the full ones, 0 for a sketch that is `share`d.
         """
         fitted = full if fitted is None else fitted
-        basis, offset, step = fit_sketch(k[:, : fitted * self.page_size], self.rank)
-        self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
-        z = encode(k, self.basis[row], offset, step)
+        if fitted:
+            basis, offset, step = fit_sketch(k[:, : fitted * self.page_size], self.rank)
+            self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
+        z = encode(k, self.basis[row], self.offset[row], self.step[row])
         sketch, tail = self.sketch.view(-1, self.words, self.page_size), full * self.page_size
         for lane, numbers in enumerate(pages):
             sketch[numbers[:full]] = pack_sketch(z[lane, :tail], self.page_size)
             sketch[numbers[full], :, : z.shape[1] - tail] = to_words(z[lane, tail:]).T
+
+    def share(self, row: Tensor, other: Tensor) -> None:
+        """Rows (N,) read chunks that were summed up for the others (N,), and sum up theirs in the same way."""
+        for table in (self.basis, self.offset, self.step):
+            table[row] = table[other]
 
     def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
         """Adds one key to each lane's tail page: k (L, D), page (L,) int64, fill (L,), row (L,)."""

@@ -13,6 +13,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from hybridkv.cache.retrieve import page_of
+
 PAGE = 4096  # what memory is locked by
 
 
@@ -103,7 +105,7 @@ class HostStore(nn.Module):
 
         Args:
             chosen: (R, F) chunks of each lane. frames: (R, F) pages of the pool. The first k (R,) of a row are meant.
-            first: (R,) each lane's first page in the store.
+            first: (R, 3) where each lane's chunks lie in the store, see `page_of`.
             there: as `there` says.
             keys, values: the pool, (1, 1, slots, D).
 
@@ -116,7 +118,7 @@ class HostStore(nn.Module):
         def slots(pages: Tensor) -> Tensor:  # of the null page where nothing is copied
             return (torch.where(fresh, pages, 0)[..., None] * self.page_size + offset).flatten().long()
 
-        source, target = slots(first[:, None] + held), slots(frames)
+        source, target = slots(page_of(first, held)), slots(frames)
         read = fresh[..., None].expand(-1, -1, self.page_size).reshape(-1, 1).expand(-1, keys.shape[-1])
         for store, pool in ((self.keys, keys), (self.values, values)):
             # A load under a mask: frames that stay cost nothing on the way from the host.

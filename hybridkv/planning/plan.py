@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybridkv.cache.capacity import ROW_SCALARS, SCALARS, Capacity, Costs, round_down
+from hybridkv.cache.capacity import ROW_SCALARS, SCALARS, SHARED, Capacity, Costs, round_down
 from hybridkv.planning.budget import BudgetError, allocate
 from hybridkv.planning.classify import classify, retrieving_layers
 from hybridkv.planning.prefill import Prefill
@@ -40,6 +40,8 @@ class Plan:
         no_room: everything is kept, against the budget, since what must be kept takes as much as the full cache.
         host: chunks of dynamic lanes are in host memory (`HybridConfig.store`), and the pool has frames for them.
         keep_new: see `HybridConfig.keep_new`.
+        owner: (layers, H) int64, the earlier prompt of the batch whose store holds this lane's settled chunks, too, -1
+            for none; None for none at all. See `share.py`.
     """
 
     prunable: Tensor
@@ -52,6 +54,7 @@ class Plan:
     no_room: bool = False
     host: bool = False
     keep_new: int | None = None
+    owner: Tensor | None = None
 
     def order(self, prefill: Prefill, layer: int) -> Tensor:
         """Tokens of a layer's heads from the most to the least worth keeping, (H, T)."""
@@ -80,6 +83,16 @@ class Plan:
     def settled_chunks(self) -> int:
         """Those of them that do not depend on how long the question is: all, or all but one."""
         return max(1, (int(self.prunable.sum()) - self.page_size + 1) // self.page_size)
+
+    @property
+    def shares(self) -> Tensor:
+        """`owner`, -1 for none."""
+        return torch.full_like(self.n_read, -1) if self.owner is None else self.owner
+
+    @property
+    def n_shared(self) -> Tensor:
+        """Chunks that lie in another prompt's store."""
+        return (self.shares >= 0) * self.settled_chunks
 
     @property
     def whole(self) -> Tensor:
@@ -123,10 +136,14 @@ class Plan:
             return tails, tails
         return tails, tails.minimum(begun + -(-self.keep_new // self.page_size) + 1)
 
+    def lane_columns(self, new_tokens: int | None) -> Tensor:
+        """Chunks that each lane may have, wherever they lie, its tail among them; see `tails`."""
+        return self.dynamic * (self.n_chunks + self.tails(new_tokens)[0])
+
     def lane_pages(self, new_tokens: int | None) -> tuple[Tensor, Tensor]:
         """Pages of each lane in the store, and in the rest of the pool, with room for `new_tokens`; see `tails`."""
         stored, kept = self.tails(new_tokens)
-        store = self.dynamic * (self.n_chunks + stored)
+        store = self.lane_columns(new_tokens) - self.n_shared
         if self.host:  # frames, and one page for the tail: when that is full it lies in the store already
             return store, self.n_retrieve + self.n_fixed + torch.where(self.dynamic, stored.clamp(max=1), kept)
         return store, self.n_fixed + ~self.dynamic * kept
@@ -139,7 +156,8 @@ class Plan:
         """Bytes of this prompt's cache that a step reads."""
         pages, dynamic = int(self.n_read.sum()) * costs.page, int(self.dynamic.sum())
         summaries = int(self.n_chunks.sum()) * costs.summary + dynamic * costs.basis
-        numbers = self.n_read.numel() * SCALARS + dynamic * ROW_SCALARS + self.host * int(self.n_retrieve.sum())
+        rows = dynamic * (ROW_SCALARS + SHARED * self.host)
+        numbers = self.n_read.numel() * SCALARS + rows + self.host * int(self.n_retrieve.sum())
         return pages + summaries + numbers * costs.entry
 
     def resident_bytes(self, costs: Costs) -> int:
