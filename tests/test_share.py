@@ -1,5 +1,6 @@
 """Questions about one reading, with the store on the host: they read one store, and answer as each does alone."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -33,9 +34,9 @@ def config(**chosen) -> HybridConfig:
     return HybridConfig(**given | chosen)
 
 
-def questions(n: int) -> list:
-    """Of different lengths, about the same first tokens."""
-    prompts = [asked(330 + 7 * i, 0, i, READ) for i in range(n)]
+def questions(n: int, longer: int = 7) -> list:
+    """About the same first tokens, each so many tokens longer than the one before."""
+    prompts = [asked(330 + longer * i, 0, i, READ) for i in range(n)]
     return [replace(p, prunable=p.prunable & (torch.arange(len(p.prunable)) < READ - 10)) for p in prompts]
 
 
@@ -167,7 +168,7 @@ def test_what_is_not_the_same_is_not_shared(model):
 @pytest.mark.slow
 @pytest.mark.compiles
 def test_compiled_is_uncompiled(model):
-    given = questions(2)
+    given, model = questions(2, longer=0), copy.deepcopy(model).float()
     twin = Engine(model, config(), compile=False)
     reading = twin.read(given[0], tokens=READ)
     engine = Engine(model, config())
