@@ -28,11 +28,12 @@ class Launched:
             self.seconds = time.perf_counter() - begun
             return
         self.events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.events[0].record()
+        stream = torch.cuda.current_stream(device)  # the current device may be another
+        self.events[0].record(stream)
         tokens = step()
         self.tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self.tokens.copy_(tokens, non_blocking=True)
-        self.events[1].record()
+        self.events[1].record(stream)
 
     def read(self) -> list[int]:
         if self.events:

@@ -9,7 +9,7 @@ from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig
 from hybridkv.cache import attention
 from hybridkv.cache.attention import attend_gathered, attend_pages, kernel_options
-from hybridkv.cache.store import HostStore
+from hybridkv.cache.store import PAGE, HostStore, StoreError, lock
 from tests.lab import GPU, prompt
 
 pytestmark = GPU
@@ -159,7 +159,7 @@ def test_bytes_promised_are_bytes_allocated(model):
 
 
 def test_host_memory_is_locked_and_given_back():
-    """As many bytes as there are, and another store may lock its own afterwards; too much is refused by name."""
+    """As many bytes as there are, and another store may lock its own afterwards."""
     for _ in range(3):
         store = HostStore(3000, 8, 16, torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16), 1.0)
         slots = torch.tensor([16 * 2999 + 15], device="cuda")
@@ -167,3 +167,17 @@ def test_host_memory_is_locked_and_given_back():
         store.append(k, v, slots)
         assert torch.equal(store.keys[0, 0, -1] + 0, k[0]) and torch.equal(store.values[0, 0, -1] + 0, v[0])
         del store
+
+
+def test_a_refusal_is_not_reported_again():
+    """What is locked can't be locked once more; the kernel after that starts as if it had not been tried."""
+
+    class Owner:
+        pass
+
+    owner, block = Owner(), torch.zeros(2 * PAGE, dtype=torch.uint8)
+    data, device = block[-block.data_ptr() % PAGE :][:PAGE], torch.device("cuda", torch.cuda.current_device())
+    view = lock(data, device, owner)
+    with pytest.raises(StoreError, match="can't be locked"):
+        lock(data, device, owner)
+    assert int((view + 1).sum()) == PAGE

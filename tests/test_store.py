@@ -335,7 +335,8 @@ def test_host_memory_is_locked_as_long_as_its_owner_lives(monkeypatch):
         (size,), (address, _) = (memory.__cuda_array_interface__[name] for name in ("shape", "data"))
         return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
-    runtime, owners = Runtime(100_000), [Owner(), Owner()]
+    runtime, owners, forgotten = Runtime(100_000), [Owner(), Owner()], []
+    monkeypatch.setattr("hybridkv.cache.store.forget_error", forgotten.append)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(runtime, "waited", runtime.waited + 1))
@@ -349,6 +350,7 @@ def test_host_memory_is_locked_as_long_as_its_owner_lives(monkeypatch):
     assert len(runtime.locked) == 2
     with pytest.raises(StoreError, match=r"can't be locked.*memlock"):
         host_tensor((1, 1, 30_000, 7), torch.bfloat16, cuda, Owner())
+    assert forgotten == [cuda]
     del owner
     for n in range(2):
         owners.pop()

@@ -14,6 +14,10 @@ Q_BLOCK = 128  # query rows a block of the mask stands for; a group is far small
 WIDE = 1 << 31  # from so many numbers on, kernels for GPUs count in 64 bits
 
 
+class PoolError(ValueError):
+    """A pool that compiled attention can't read."""
+
+
 def check_pool(numbers: int, device: torch.device) -> None:
     """Refuses a pool that compiled attention can't read.
 
@@ -21,11 +25,11 @@ def check_pool(numbers: int, device: torch.device) -> None:
         numbers: of its keys: slots times head_dim.
 
     Raises:
-        ValueError: it is too large. Before torch 2.13, FlexAttention's split kernel stores through pointers that take
+        PoolError: it is too large. Before torch 2.13, FlexAttention's split kernel stores through pointers that take
             no 64-bit offsets.
     """
     if numbers >= WIDE and device.type == "cuda" and torch.__version__ < "2.13":
-        raise ValueError(
+        raise PoolError(
             f"the cache's keys would be {numbers:,} numbers, and compiled attention on a GPU reads fewer than {WIDE:,} "
             f"with torch {torch.__version__}: use torch 2.13, fewer or shorter prompts, a smaller budget, policy "
             "'dense', or no compiling"

@@ -8,6 +8,7 @@ missing into the frames that are not wanted any more. On a CPU "host memory" is 
 runs.
 """
 
+import contextlib
 import weakref
 
 import torch
@@ -168,6 +169,7 @@ def lock(data: Tensor, device: torch.device, owner: object) -> Tensor:
     with torch.cuda.device(device):
         status = runtime.cudaHostRegister(data.data_ptr(), data.numel(), 3)  # portable, mapped
     if int(status) != 0:
+        forget_error(device)
         raise StoreError(
             f"{data.numel():,} bytes of host memory can't be locked for the device ({status}): raise the limit "
             '(ulimit -l, memlock), use a smaller prompt or batch, or HybridConfig(store="device")'
@@ -177,6 +179,12 @@ def lock(data: Tensor, device: torch.device, owner: object) -> Tensor:
     if view.data_ptr() != data.data_ptr():
         raise StoreError('this device has no view of host memory: use HybridConfig(store="device")')
     return view
+
+
+def forget_error(device: torch.device) -> None:
+    """CUDA reports a call that failed once more at the next kernel's start: here, not in the middle of what follows."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def unlock(data: Tensor, device: torch.device) -> None:
