@@ -22,7 +22,8 @@ step() { # seconds, name, command...
     local seconds=$1 name=$2
     shift 2
     echo "=== $name"
-    timeout "$seconds" "$@" 2>&1 | tee "$results/$name-cuda.log"
+    # Interrupted, pytest still says what has failed.
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee "$results/$name-cuda.log"
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || echo "=== $name ended with $status"
 }
@@ -39,12 +40,12 @@ python -c "import torch; print('torch', torch.__version__)"
 if [ "$how" = quick ]; then
     decode 140 decode-batch --contexts "$long" --batches 8 $ours 0.5
     decode 110 decode --contexts "$long" $ours 0.5
-    step 50 tests python -m pytest -q -x -m cuda tests
+    step 50 tests python -m pytest -vv --tb=short -m cuda tests/test_cuda.py
     exit
 fi
 decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5
 decode 120 decode --contexts "$long" $ours 0.5
-step 90 tests python -m pytest -q -m cuda tests
+step 90 tests python -m pytest -vv --tb=short -m cuda tests/test_cuda.py tests/test_hf_compiled.py tests/test_train.py
 step 60 attention python -m bench.attention $shape --contexts "$long" --repeats 30 --kernels 15 \
     --contenders flex hybridkv --out "$results/attention-cuda.jsonl"
 step 60 attention-batch python -m bench.attention $shape --contexts "$long" --batch 8 --repeats 20 --kernels 15 \

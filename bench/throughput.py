@@ -4,10 +4,10 @@
     python -m bench.throughput --context 2048 --memory 200MB --batches 2                               # anywhere
 
 Each contender gets the largest batch that its caches leave room for in so much memory, by the arithmetic of
-`hybridkv.estimate`; where the device then has not enough, an eighth fewer, and so on. On a GPU the process may allocate
-no more than that. Contexts are random and packed one after the other, so that one full cache is held beside the batch,
-and that room is set aside. With the store on the host a share of the frames (--new-chunks) is emptied before each step,
-outside of its time, see `bench.decode`.
+`hybridkv.estimate`, and whose stores take no more than --host-memory; where the device or its kernels can't have that,
+an eighth fewer, and so on. On a GPU the process may allocate no more than --memory. Contexts are random and packed one
+after the other, so that one full cache is held beside the batch, and that room is set aside. With the store on the host
+a share of the frames (--new-chunks) is emptied before each step, outside of its time, see `bench.decode`.
 """
 
 import argparse
@@ -19,8 +19,10 @@ import torch
 
 from bench.common import add_model_arguments, describe, make_model, random_prefill, write_row
 from bench.decode import WARM_UP, Contender
+from hybridkv.cache.attention import PoolError
 from hybridkv.cache.capacity import bucket
 from hybridkv.cache.pack import keep
+from hybridkv.cache.store import StoreError
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine, Sampling
 from hybridkv.estimate import Question, memory, weight_bytes
@@ -31,15 +33,18 @@ from hybridkv.report import size
 SPARE = 0.04  # of the memory: activations, CUDA graphs, what the allocator can't hand out
 
 
-def room_for(model: Model, policy: str, config: HybridConfig, context: int, new_tokens: int, limit: int) -> int:
-    """The largest batch that should fit into `limit` bytes with weights and one prompt's full cache."""
+def room_for(
+    model: Model, policy: str, config: HybridConfig, context: int, new_tokens: int, limit: int, host_limit: int
+) -> int:
+    """The largest batch that should fit into `limit` bytes with weights and one prompt's full cache, stores apart."""
     asked = Question(model.cfg, config, model.dtype, context, 1, new_tokens)
     token = asked.full().step_bytes // context
     left = limit * (1 - SPARE) - weight_bytes(model.cfg, model.dtype) - context * token
     if policy == "dense":
         return max(0, int(left // (bucket(context + new_tokens) * token)))
     ours = Question(model.cfg, config, model.dtype, context, 8, new_tokens).ours()
-    return max(0, int(left // (ours.device_bytes / 8)))
+    fits = int(left // (ours.device_bytes / 8))
+    return max(0, min(fits, int(host_limit // (ours.host_bytes / 8))) if ours.host_bytes else fits)
 
 
 def packed(model: Model, policy: str, config: HybridConfig, context: int, batch: int, new_tokens: int) -> Contender:
@@ -82,8 +87,9 @@ def tried(model: Model, policy: str, config: HybridConfig, batch: int, args: arg
         try:
             contender = packed(model, policy, config, args.context, batch, 1 + WARM_UP + args.steps)
             return measure(contender, batch, args.steps, args.new_chunks)
-        except torch.OutOfMemoryError:
-            print(f"{policy}: {batch} sequences do not fit", flush=True)
+        except (torch.OutOfMemoryError, StoreError, PoolError) as e:
+            reason = (str(e) or "no memory").splitlines()[0]
+            print(f"{policy}: {batch} sequences do not fit: {reason}", flush=True)
         contender = None
         torch.cuda.empty_cache()
         batch -= max(1, batch // 8)
@@ -93,7 +99,8 @@ def tried(model: Model, policy: str, config: HybridConfig, batch: int, args: arg
 def run(args: argparse.Namespace, model: Model, about: dict) -> None:
     for policy, budget in [("dense", 1.0), *(("hybridkv", budget) for budget in args.budgets)]:
         config = HybridConfig(budget=budget, store=args.store)
-        batch = room_for(model, policy, config, args.context, 1 + WARM_UP + args.steps, args.memory)
+        steps = 1 + WARM_UP + args.steps
+        batch = room_for(model, policy, config, args.context, steps, args.memory, args.host_memory)
         smaller = [] if policy == "dense" else [n for n in args.batches if n < batch]
         for n in [*smaller, batch]:
             row = tried(model, policy, config, n, args)
@@ -110,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--context", type=int, default=32768, help="tokens of each prompt (default: 32768)")
     add("--memory", type=memory, required=True, help="such as 48GB: what weights and caches may take")
+    add("--host-memory", type=memory, default=memory("64GB"), help="what stores may take on the host (default: 64GB)")
     add("--budgets", type=float, nargs="*", default=[0.1], help="of hybridkv (default: 0.1)")
     add("--batches", type=int, nargs="*", default=[], help="smaller batches of hybridkv, too")
     add("--store", choices=("device", "host"), default="host", help="(default: host)")

@@ -15,6 +15,8 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import HybridConfig, Prefill, engine, hybrid_plan
 from hybridkv.cache import attention as cache_attention
+from hybridkv.cache.attention import PoolError
+from hybridkv.cache.store import StoreError
 
 SMALL = ["--kv-heads", "1", "--group", "2", "--head-dim", "16", "--hidden-size", "32", "--intermediate-size", "32"]
 ROOT = Path(__file__).parent.parent
@@ -328,19 +330,20 @@ def test_the_largest_batch_that_fits(tmp_path, capsys):
     def full(model, policy, config, context, batch, new_tokens):
         if batch > 2:
             refused.append(batch)
-            raise torch.OutOfMemoryError
+            raise [torch.OutOfMemoryError, StoreError("locked"), PoolError("large")][batch % 3]
         return packed(model, policy, config, context, batch, new_tokens)
 
     with torch.compiler.set_stance("force_eager"), pytest.MonkeyPatch.context() as patch:
         throughput.main([*command, "--memory", "2MB", "--budgets", "0.3", "--batches", "1", "50", "--out", str(out)])
         throughput.main([*command, "--memory", "1kB", "--budgets", "0.3"])
+        throughput.main([*command, "--memory", "2MB", "--budgets", "0.3", "--host-memory", "1kB"])
         with pytest.raises(SystemExit):
             throughput.main([*command, "--memory", "2MB", "--budgets", "0.001"])
         patch.setattr(throughput, "packed", full)
         throughput.main([*command, "--memory", "2MB", "--budgets", "0.3", "--out", str(out)])
     said, error = capsys.readouterr()
     assert "a budget of 0.001 can't be met" in error
-    assert said.count("not one sequence fits") == 2 and said.count("do not fit") == len(refused) > 2
+    assert said.count("not one sequence fits") == 3 and said.count("do not fit") == len(refused) > 2
     dense, one, ours, *limited = rows_of(out)
     assert [row["contender"] for row in (dense, one, ours)] == ["dense", "hybridkv 0.3", "hybridkv 0.3"]
     assert ours["batch"] > dense["batch"] > one["batch"] == 1 and [row["batch"] for row in limited] == [2, 2]
