@@ -136,7 +136,7 @@ class HybridConfig:
 
     def on_host(self, device: torch.device) -> bool:
         """Whether the chunks of dynamic heads are in host memory, for a cache on this device."""
-        return device.type != "cpu" if self.store is None else self.store == "host"
+        return device.type == "cuda" if self.store is None else self.store == "host"
 
     def rank(self, head_dim: int) -> int:
         """Dimensions of the key sketch for keys of `head_dim`."""
