@@ -28,6 +28,7 @@ from hybridkv.sampling import Sampling
 AT_ONCE = 16  # prompts in a batch at most
 WINDOW = 2 * AT_ONCE  # prompts that are looked at before some of them are asked
 ELSEWHERE = ("batch", "out", "memory", "device", "no_compile")  # options that answers do not depend on
+TOGETHER = "--batch PROMPTS --out ANSWERS --model NAME go together, and --memory with them"
 OUT_OF_MEMORY = "lower --memory or --max-pixels, shorten the context, or use --dtype bfloat16"
 
 
@@ -217,14 +218,16 @@ def answer_lines(args: argparse.Namespace, config: HybridConfig, sampling: Sampl
         InputError: the files, or the options beside them, can't be used.
         OSError: a file can't be read or written.
     """
+    for name in ("batch", "out"):
+        if getattr(args, name) is None:
+            raise InputError(f"--{name} is missing: {TOGETHER}")
     others = ("prompt", "context", "demo", "report")
     given = [name for name in others if getattr(args, name) is not None]
     given += [name for name in ("image", "video", "compare", "json") if getattr(args, name)]
     if given:
         raise InputError(f"--{given[0]} does not go with --batch, whose lines bring their own")
-    for name in ("batch", "out", "model"):
-        if getattr(args, name) is None:
-            raise InputError(f"--{name} is missing: --batch PROMPTS --out ANSWERS --model NAME go together")
+    if args.model is None:
+        raise InputError(f"--model is missing: {TOGETHER}")
     model_name = demos.MODEL if args.model == "demo" else args.model
     if args.memory is not None and not 0 < args.memory < 1e6:
         raise InputError(f"--memory must be a number of gigabytes above 0, got {args.memory:g}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from hybridkv.model import InputError
 
 KEYS = {"id", "prompt", "messages", "system", "images", "videos", "context", "context_file", "max_new_tokens"}
+BEGIN = b'{"line": '  # of every answer
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Line:
             raise InputError('"messages" must be a list')
         if "context" in row and "context_file" in row:
             raise InputError('wants "context" or "context_file", not both')
+        if not isinstance(row.get("context_file", ""), str):  # a number would be an open file's
+            raise InputError(f'"context_file" must be the name of a file, got {row["context_file"]!r}')
         limit = row.get("max_new_tokens", 1)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise InputError(f'"max_new_tokens" must be a whole number of at least 1, got {limit!r}')
@@ -111,7 +114,9 @@ class Answers:
         if not self.path.exists():
             return []
         rows = []
-        *whole, _ = self.path.read_bytes().split(b"\n")
+        *whole, cut_off = self.path.read_bytes().split(b"\n")
+        if cut_off[: len(BEGIN)] != BEGIN[: len(cut_off)]:  # a text of one line, say, which would be lost
+            raise InputError(f"{self.path} ends with what is no answer of this command: name another file")
         for i, line in enumerate(whole, 1):
             try:
                 row = json.loads(line)

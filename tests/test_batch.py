@@ -144,6 +144,7 @@ BAD = [
     ('{"prompt": "a", "images": ["missing.png"]}', "missing.png does not exist"),
     ('{"prompt": "a", "images": 5}', "images must be a list"),
     ('{"prompt": "a", "context_file": "missing.txt"}', "missing.txt does not exist"),
+    ('{"prompt": "a", "context_file": 5}', '"context_file" must be the name of a file, got 5'),
     ('{"messages": []}', "no messages"),
     ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
 ]
@@ -189,6 +190,10 @@ def test_a_budget_that_one_line_can_not_keep(vlm, files, tmp_path, one_model):
         (["--batch", "binary", "--out", "x", "--model", "demo"], "is not UTF-8 text"),
         (["--batch", "in", "--out", "no/such/folder", "--model", "demo"], "No such file"),
         (["--batch", "in", "--out", ".", "--model", "demo"], "Is a directory"),
+        (["--batch", "in", "--out", "in", "--model", "demo"], "is no answer"),
+        (["--batch", "in", "--out", "binary", "--model", "demo"], "is no answer"),
+        (["--batch", "in", "--out", "line", "--model", "demo"], "is no answer"),
+        (["--batch", "line", "--out", "line", "--model", "demo"], "is no answer"),
     ],
 )
 def test_what_can_not_be_asked_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -196,11 +201,13 @@ def test_what_can_not_be_asked_is_one_line(arguments, message, tmp_path, monkeyp
     write(tmp_path / "in", [{"prompt": "Hi"}])
     (tmp_path / "blank").write_text("\n \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "line").write_text('{"prompt": "without an end of line"}')
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as stop:
         generate.main(arguments)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["binary", "blank", "in"]
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_bugs_and_running_out_of_memory(vlm, files, tmp_path, monkeypatch):
