@@ -193,6 +193,11 @@ def run(args: argparse.Namespace) -> None:
     if args.always >= args.tokens:
         raise InputError(f"--always {args.always} leaves nothing of {args.tokens} tokens to compress")
     cfg, dtype = read_config(args.model), DTYPES[args.dtype]
+    if args.tokens + args.max_new_tokens > cfg.max_position_embeddings:
+        raise InputError(
+            f"{args.tokens} tokens and {args.max_new_tokens} new ones are more than the {cfg.max_position_embeddings} "
+            "that the model reads"
+        )
     config = HybridConfig(budget=args.budget, store=args.store, keep_new=args.keep_new)
     question = Question(cfg, config, dtype, args.tokens, args.batch, args.max_new_tokens, args.always, args.new_chunks)
     weights = weight_bytes(cfg, dtype)
