@@ -173,12 +173,15 @@ class Chat:
         except ValueError:
             raise InputError(f"/budget wants a share in (0, 1], got {text!r}") from None
         self.engine.config = replace(self.engine.config, budget=share, strict=True)
-        say(f"(a budget of {share:g} from now on)")
+        but = "; the full cache keeps everything all the same" if self.engine.policy == "full" else ""
+        say(f"(a budget of {share:g} from now on{but})")
 
     def policy(self, name: str) -> None:
         if name not in POLICIES:
             raise InputError(f"/policy wants one of {', '.join(POLICIES)}, got {name!r}")
         old = self.engine
+        if name == "sparsemm" and old.config.head_profile is None:
+            raise InputError("sparsemm needs a head profile: start with --head-profile FILE, of hybridkv.calibrate")
         retrieval = "sketch" if old.policy == "quest" else old.config.retrieval
         config = replace(old.config, retrieval=retrieval)
         self.talk.engine = Engine(old.model, config, name, old.eos, old.compile)

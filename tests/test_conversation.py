@@ -169,6 +169,7 @@ def test_bad_lines_never_end_it(monkeypatch, capsys, tmp_path, vlm):
         ("/reset now", "/reset takes nothing more"),
         ("/budget much", "/budget wants a share in (0, 1], got 'much'"),
         ("/budget 2", "budget must lie in (0, 1]"),
+        ("/policy sparsemm", "sparsemm needs a head profile"),
         ("/policy best", "/policy wants one of hybridkv, full"),
         ("/save /", "error:"),
         ("/load missing.reading", "there is no such file"),
