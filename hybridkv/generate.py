@@ -22,6 +22,7 @@ dynamic heads are in host memory, `host`); with `--store device` what a decoding
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -56,6 +57,8 @@ from hybridkv.options import (
 )
 from hybridkv.report import report, table
 from hybridkv.sampling import Sampling
+
+PROFILED = ("hybridkv", "sparsemm")  # policies that go by a head profile
 
 
 def build_parser() -> Parser:
@@ -99,6 +102,29 @@ def choose_demo(args: argparse.Namespace) -> demos.Demo | None:
     args.model, args.prompt, args.image, args.compare = demos.MODEL, demo.prompt, demo.images, True
     args.no_calibration = True  # layers that are all alike compile soonest
     return demo
+
+
+def check_report(args: argparse.Namespace) -> None:
+    """Refuses a page that would take the place of what is asked about."""
+    inputs = [*args.image, *args.video, *(x for x in (args.context, args.head_profile) if x is not None)]
+    for name in inputs:
+        if os.path.exists(name) and os.path.exists(args.report) and os.path.samefile(name, args.report):
+            raise InputError(f"--report {args.report} would replace what is asked about: name another file")
+
+
+def say_unused(args: argparse.Namespace) -> None:
+    """Says which options make no difference to this prompt."""
+    pictures = bool(args.image or args.video)
+    unused = {
+        "--fps, without --video,": args.fps != 2 and not args.video,
+        "--min-pixels, without pictures,": args.min_pixels is not None and not pictures,
+        "--max-pixels, without pictures,": args.max_pixels is not None and not pictures,
+        "--top-p, without --temperature,": args.top_p != 1 and args.temperature == 0,
+        "--seed, without --temperature,": args.seed != 0 and args.temperature == 0,
+    }
+    for name, made in unused.items():
+        if made:
+            say(f"note: {name} makes no difference")
 
 
 def read_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Model, Processor, Prompt]:
@@ -148,12 +174,17 @@ def run(args: argparse.Namespace) -> None:
     if args.list_demos:
         print("\n".join(f"{demo.name:10}{demo.about}" for demo in demos.by_name().values()))
         return
+    if args.head_profile is not None and args.policy not in PROFILED:
+        raise InputError(f"--policy {args.policy} takes no --head-profile: leave one of the two out")
     config, sampling = cache_config(args), Sampling(args.temperature, args.top_p, args.seed)
     if not (args.batch is args.out is args.memory is None):
         if answer_lines(args, config, sampling, choose_device(args.device)):
             raise SystemExit(2)
         return
     demo, device = choose_demo(args), choose_device(args.device)
+    if args.report is not None:
+        check_report(args)
+    say_unused(args)
     with nullcontext() if args.report is None else replacing(Path(args.report), "--report") as file:
         answer_one(args, config, sampling, demo, device, file)
 

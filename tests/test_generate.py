@@ -1,6 +1,7 @@
 """`hybridkv.generate` on pictures, video and text, good input and bad; `test_cli` has what all commands share."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -175,6 +176,17 @@ def test_a_second_option_never_replaces_the_first_unseen(capsys):
         assert stop.value.code == 2 and f"argument {name}: can be given only once" in capsys.readouterr().err
 
 
+def test_an_option_that_makes_no_difference_is_said(vlm, image, capsys):
+    asked = ["--model", str(vlm), "--prompt", "?", *PLAIN, "--max-new-tokens", "1"]
+    drawn, seen = ["--top-p", "0.5", "--seed", "3"], ["--fps", "1", "--min-pixels", "1000", "--max-pixels", "9000"]
+    generate.main([*asked, *drawn, *seen])
+    err = capsys.readouterr().err
+    for name in (*drawn[::2], *seen[::2]):
+        assert len(re.findall(f"note: {name}, .* makes no difference", err)) == 1
+    generate.main([*asked, *drawn, *seen[2:], "--temperature", "1", "--image", str(image)])
+    assert "makes no difference" not in capsys.readouterr().err
+
+
 BAD = {
     "no such model": (["--model", "{tmp}/nothing"], "neither a folder nor a Hub name"),
     "model without a name": (["--model", ""], "error"),
@@ -219,6 +231,10 @@ BAD = {
     "profile of no numbers": (["--head-profile", "{tmp}/infinite.json"], "need must be finite"),
     "other model's profile": (["--head-profile", "{tmp}/other.json"], "this model has"),
     "report into nowhere": (["--report", "{tmp}/nowhere/x.html"], "can't be written: No such file"),
+    "report over the picture": (["--image", "{tmp}/corrupt.png", "--report", "{tmp}/corrupt.png"], "would replace"),
+    "report over the context": (["--context", "{tmp}/empty.txt", "--report", "{tmp}/./empty.txt"], "would replace"),
+    "profile for nothing": (["--head-profile", "{tmp}/other.json", "--policy", "snapkv"], "takes no --head-profile"),
+    "memory without a batch": (["--memory", "1"], "--batch is missing"),
     "report over a folder": (["--report", "{tmp}"], "is no file that can be replaced"),
     "unknown option": (["--bogus"], "unrecognized arguments"),
     "shortened option": (["--max-new", "4"], "unrecognized arguments"),
