@@ -483,6 +483,8 @@ def test_settings():
     ):
         with pytest.raises(ValueError, match=message):
             made(its, **how)
+    with pytest.raises(ValueError, match="inputs must be what generate gets"):
+        HybridKVCache(its.model, None, max_new_tokens=4)
     with pytest.raises(ValueError, match="must be a model of transformers"):
         HybridKVCache(torch.nn.Linear(2, 2), its.inputs, max_new_tokens=4)
     with pytest.raises(RuntimeError, match="empty"):
