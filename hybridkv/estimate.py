@@ -32,6 +32,7 @@ from hybridkv.planning.prefill import Prefill
 from hybridkv.report import size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST_BATCH = 4096  # that is counted: larger ones take minutes to count, and no such batch is decoded
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -42,7 +43,8 @@ class Estimate:
     Attributes:
         device_bytes: on the device, room for new tokens included. host_bytes: in host memory.
         step_bytes: read by a decoding step. bus_bytes: fetched from the host by one.
-        largest_batch, largest_tokens: what fits into the memory that was asked about; None where none was.
+        largest_batch, largest_tokens: what fits into the memory that was asked about, LARGEST_BATCH prompts at most;
+            None where none was.
     """
 
     device_bytes: int
@@ -124,6 +126,8 @@ def with_largest(question: Question, kind: str, room: int) -> Estimate:
     """`full` or `ours`, and what fits into `room` bytes."""
 
     def fits(**changes: int) -> bool:
+        if changes.get("batch", 0) > LARGEST_BATCH:
+            return False
         if changes.get("tokens", 0) + question.new_tokens > question.cfg.max_position_embeddings:
             return False
         try:
@@ -192,6 +196,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--new-chunks must lie in [0, 1], got {args.new_chunks}")
     if args.always >= args.tokens:
         raise InputError(f"--always {args.always} leaves nothing of {args.tokens} tokens to compress")
+    if args.batch > LARGEST_BATCH:
+        raise InputError(f"--batch must be {LARGEST_BATCH} at most, got {args.batch}")
     cfg, dtype = read_config(args.model), DTYPES[args.dtype]
     if args.tokens + args.max_new_tokens > cfg.max_position_embeddings:
         raise InputError(
@@ -218,7 +224,8 @@ def run(args: argparse.Namespace) -> None:
     for kind, each in found.items():
         name = "full" if kind == "full" else f"hybridkv {args.budget:g}"
         sizes = [size(each.device_bytes), size(each.host_bytes), size(each.step_bytes), size(each.bus_bytes)]
-        fits = [str(each.largest_batch), f"{each.largest_tokens} tokens"] * (args.memory is not None)
+        more = "" if each.largest_batch != LARGEST_BATCH else " or more"
+        fits = [f"{each.largest_batch}{more}", f"{each.largest_tokens} tokens"] * (args.memory is not None)
         cells.append([name, *sizes, *fits])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print("\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells))

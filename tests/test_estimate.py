@@ -87,6 +87,7 @@ def test_what_fits(folder, capsys):
         (["--tokens", "8192", "--memory", "much"], "bytes such as 24GB"),
         (["--tokens", "8192", "--new-chunks", "2"], r"must lie in [0, 1]"),
         (["--tokens", "8192", "--budget", "2"], "budget must lie in"),
+        (["--tokens", "8192", "--batch", "4097"], "--batch must be 4096 at most"),
         (["--tokens", "1000000"], "1000000 tokens and 128 new ones are more than"),
     ],
 )
