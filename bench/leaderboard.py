@@ -83,6 +83,8 @@ def read(files: Sequence[Path], metrics: Sequence[str] = ()) -> list[Line]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             name, results = name_of(content["config"]), content["results"]
+            shares = {cost: (content.get("throughput") or {}).get(f"avg_{cost}") for cost in COSTS}
+            results = {task: dict(found) for task, found in results.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{file} is not a result file of lmms-eval: {e!r}") from e
         line = lines.setdefault(name, Line(name))
@@ -95,8 +97,7 @@ def read(files: Sequence[Path], metrics: Sequence[str] = ()) -> list[Line]:
             if known:
                 metric = next((m for m in metrics if m in known), next(iter(known)))
                 line.scores[f"{task} ({metric})" if metric != "milebench" else task] = float(known[metric])
-        throughput = content.get("throughput") or {}
-        line.costs.append({cost: throughput.get(f"avg_{cost}") for cost in COSTS})
+        line.costs.append(shares)
     return list(lines.values())
 
 

@@ -352,3 +352,9 @@ def test_leaderboard_refuses_what_is_no_result(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             leaderboard.main([str(place)])
         assert stop.value.code == 2 and message in capsys.readouterr().err
+    config = {"config": {"model": "hybridkv"}}
+    for wrong in ({"results": {"a": 5}}, {"results": {}, "throughput": 5}):
+        (tmp_path / "x_results.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(SystemExit) as stop:
+            leaderboard.main([str(tmp_path)])
+        assert stop.value.code == 2 and "not a result file" in capsys.readouterr().err
