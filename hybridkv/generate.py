@@ -184,9 +184,9 @@ def run(args: argparse.Namespace) -> None:
     demo, device = choose_demo(args), choose_device(args.device)
     if args.report is not None:
         check_report(args)
-    say_unused(args)
     with nullcontext() if args.report is None else replacing(Path(args.report), "--report") as file:
         answer_one(args, config, sampling, demo, device, file)
+    say_unused(args)  # last: what is refused says one line
 
 
 def answer_one(

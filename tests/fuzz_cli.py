@@ -38,6 +38,7 @@ NUMERIC = {
     "--budget": float, "--temperature": float, "--top-p": float, "--seed": int, "--fps": float, "--min-pixels": int,
     "--max-pixels": int, "--max-new-tokens": int,
 }  # fmt: skip
+PIXELS = ("--min-pixels", "--max-pixels")
 TEXTS = [
     "", " ", "\n\t", "\ud800", "\udcff what", "\0", "a\0b", "<|image_pad|>", "<|im_end|>", "<|vision_start|>",
     "- what?", "é" * 50, "e\u0301", "🦜", "שלום", "\u202e", "\x1b[31m", "x" * 3000, "%s {} %(prog)s", "a\nb", "\u2028",
@@ -117,7 +118,10 @@ def directly(world: World, options: dict[str, list[str]]) -> dict | None:
         full = directly(world, options | {"--policy": ["full"]})
         assert full["token_ids"] == row["token_ids"], "budget 1 differs from the full cache"
     over = policy != "full" and row["step_bytes"] > engine.config.budget * row["full_bytes"]
-    return row | {"noted": over and engine.config.budget < 1}
+    seen, drawn = "--image" in options or "--video" in options, sampling.temperature > 0
+    unused = (number.get("--fps", 2) != 2 and "--video" not in options) + (not drawn and sampling.top_p != 1)
+    unused += (not drawn and sampling.seed != 0) + sum(not seen and name in one for name in PIXELS)
+    return row | {"noted": (over and engine.config.budget < 1) + unused}
 
 
 def generate_case(world: World, r: random.Random, kind: str) -> tuple[list[str], str]:
@@ -136,7 +140,9 @@ def generate_case(world: World, r: random.Random, kind: str) -> tuple[list[str],
             argv += [f"{name}={value}"] if value.startswith("-") or r.random() < 0.3 else [name, value]
     argv += r.choice(WORDS) if kind == "words" else []
     outcome = run(generate.main, argv)
-    unheard = options.get("--policy") == ["full"] and "--budget" in options
+    policy = options.get("--policy", ["hybridkv"])[0]
+    unheard = policy == "full" and "--budget" in options
+    unheard |= policy not in ("hybridkv", "sparsemm") and "--head-profile" in options
     row = None if kind == "words" or unheard else directly(world, options)
     if row is None:
         return argv, "refused" if refused(outcome, "generate") and not (as_json and outcome.out) else "wrong"
