@@ -44,6 +44,7 @@ from hybridkv.options import (
     with_profile,
 )
 from hybridkv.planning.policies import POLICIES
+from hybridkv.reading import is_reading
 from hybridkv.report import size
 from hybridkv.sampling import Sampling
 
@@ -189,6 +190,8 @@ class Chat:
         say(f"({name} from now on)")
 
     def save(self, file: str) -> None:
+        if os.path.isfile(file) and not is_reading(file):  # the picture that is talked about, say
+            raise InputError(f"{file} is no reading, and stays as it is: name another file")
         self.talk.save(file)
         say(f"(saved to {file}, {size(self.read_bytes)})")
 

@@ -143,6 +143,15 @@ class Reading:
         return keys and queries and isinstance(self.messages, list)
 
 
+def is_reading(path: str | Path) -> bool:
+    """Whether a file was written by `Reading.save`, in whatever version."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format", "").startswith("hybridkv-reading-")
+    except (SafetensorError, OSError):
+        return False
+
+
 @dataclass(frozen=True)
 class Question:
     """A prompt that goes on from a reading: its first tokens are the reading's. An engine takes it like any prompt.

@@ -160,6 +160,7 @@ def test_a_question_a_line(monkeypatch, capsys):
 
 def test_bad_lines_never_end_it(monkeypatch, capsys, tmp_path, vlm):
     saved = tmp_path / "with space.reading"
+    (tmp_path / "notes").write_text("not to be lost")
     wrong = [
         ("/image missing.png", "missing.png does not exist"),
         ("/context missing.txt", "missing.txt does not exist"),
@@ -172,16 +173,18 @@ def test_bad_lines_never_end_it(monkeypatch, capsys, tmp_path, vlm):
         ("/policy sparsemm", "sparsemm needs a head profile"),
         ("/policy best", "/policy wants one of hybridkv, full"),
         ("/save /", "error:"),
+        (f"/save {tmp_path / 'notes'}", "is no reading, and stays as it is"),
         ("/load missing.reading", "there is no such file"),
         ("\udcff", "half of a surrogate pair"),
     ]
     fine = ["Where does V3 point?", f"/save '{saved}'", "/reset", f'/load "{saved}"', "/policy quest", "/policy snapkv"]
-    fine += ["/budget 0.5", "Where does K8 point?", "//why?", "/help", "/exit", "never asked"]
+    fine += [f"/save '{saved}'", "/budget 0.5", "Where does K8 point?", "//why?", "/help", "/exit", "never asked"]
     out, err = lines(monkeypatch, capsys, [], "\n".join([*(line for line, _ in wrong), *fine]) + "\n", code=2)
     assert out.splitlines()[:2] == [" V3 K8", " K8 m3"] and len(out.splitlines()) == 3
     for line, message in wrong:
         assert message in err, line
     assert err.count("error: ") == len(wrong) and saved.is_file()
+    assert (tmp_path / "notes").read_text() == "not to be lost"
     assert "(snapkv from now on)" in err and "(a budget of 0.5 from now on)" in err and "/video FILE" in err
 
 
