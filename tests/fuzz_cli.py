@@ -77,6 +77,10 @@ def draw_options(world: World, r: random.Random) -> dict[str, list[str]]:
         }
     if r.random() < 0.2:
         options["--max-pixels"] = [r.choice(["20000", "4000"])]
+    if r.random() < 0.3:
+        options["--store"] = [r.choice(["host", "device"])]
+    if r.random() < 0.2:
+        options["--report"] = [world.path("report.html")]
     return options
 
 
@@ -97,7 +101,10 @@ def directly(world: World, options: dict[str, list[str]]) -> dict | None:
             min_pixels=number.get("--min-pixels"),
             max_pixels=number.get("--max-pixels"),
         )
+        if "--report" in one and not may_replace(Path(one["--report"]), world, options):
+            return None
         chosen = {"budget": number["--budget"]} if "--budget" in one else {"strict": False}
+        chosen["store"] = one.get("--store", "device")
         if "--head-profile" in one:
             chosen |= {"classifier": "profile", "head_profile": HeadProfile.load(one["--head-profile"])}
         new = number["--max-new-tokens"]
@@ -124,6 +131,12 @@ def directly(world: World, options: dict[str, list[str]]) -> dict | None:
     return row | {"noted": (over and engine.config.budget < 1) + unused}
 
 
+def may_replace(page: Path, world: World, options: dict[str, list[str]]) -> bool:
+    """Whether a page can be written there: not a folder, in one, and not what the command reads."""
+    read = [value for name in ("--image", "--context", "--head-profile") for value in options.get(name, [])]
+    return not page.is_dir() and page.parent.is_dir() and page not in [Path(value) for value in read]
+
+
 def generate_case(world: World, r: random.Random, kind: str) -> tuple[list[str], str]:
     """One command line, and what became of it: `right`, `refused`, or `wrong`."""
     options = draw_options(world, r)
@@ -131,6 +144,8 @@ def generate_case(world: World, r: random.Random, kind: str) -> tuple[list[str],
         options[r.choice([*NUMERIC])] = [r.choice(NUMBERS)]
     elif kind == "file":
         options[r.choice(["--image", "--video", "--context", "--head-profile"])] = [r.choice(files(world))]
+        if r.random() < 0.2:
+            options["--report"] = [r.choice([*options.get("--image", []), world.path("folder"), world.path("none/x")])]
     elif kind == "text":
         options["--prompt"] = [r.choice(TEXTS)]
     as_json, compare = r.random() < 0.7, r.random() < 0.2
@@ -139,7 +154,11 @@ def generate_case(world: World, r: random.Random, kind: str) -> tuple[list[str],
         for value in values:
             argv += [f"{name}={value}"] if value.startswith("-") or r.random() < 0.3 else [name, value]
     argv += r.choice(WORDS) if kind == "words" else []
+    page = Path(world.path("report.html"))
+    page.unlink(missing_ok=True)
     outcome = run(generate.main, argv)
+    if page.exists() and (outcome.code or "</html>" not in page.read_text(encoding="utf-8")):
+        return argv, "wrong"
     policy = options.get("--policy", ["hybridkv"])[0]
     unheard = policy == "full" and "--budget" in options
     unheard |= policy not in ("hybridkv", "sparsemm") and "--head-profile" in options
@@ -158,7 +177,8 @@ def generate_case(world: World, r: random.Random, kind: str) -> tuple[list[str],
         heads = [f"--- {x['policy']} cache" + f", budget {budget:g}" * (x["policy"] != "full") + "\n" for x in rows]
         same = outcome.out == "".join(head * compare + f"{x['text']}\n" for head, x in zip(heads, rows, strict=True))
         notes = outcome.err.count("note: ") == row["noted"] and "read/step" in outcome.err
-    return argv, "right" if outcome.code == 0 and same and notes else "wrong"
+    asked = "--report" in options
+    return argv, "right" if outcome.code == 0 and same and notes and page.exists() == asked else "wrong"
 
 
 def fuzz(cases: int, seed: int, verbose: bool = False) -> dict[str, int]:
