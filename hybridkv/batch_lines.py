@@ -9,10 +9,10 @@ An answer names the line it answers, counted from 1, and its `id` if it has one.
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridkv.cli import replacing
 from hybridkv.model import InputError
 
 KEYS = {"id", "prompt", "messages", "system", "images", "videos", "context", "context_file", "max_new_tokens"}
@@ -38,7 +38,7 @@ class Line:
             InputError: it is none.
         """
         try:
-            row = json.loads(self.text)
+            row = json.loads(self.text, object_pairs_hook=named_once)
         except (json.JSONDecodeError, RecursionError) as e:
             raise InputError(f"no JSON: {e}") from e
         if not isinstance(row, dict):
@@ -57,6 +57,15 @@ class Line:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise InputError(f'"max_new_tokens" must be a whole number of at least 1, got {limit!r}')
         return row
+
+
+def named_once(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON; of a name that is there twice, one of the values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise InputError(f"says {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def read_lines(path: str | Path) -> list[Line]:
@@ -99,12 +108,8 @@ class Answers:
         self.done = {row["line"] for row in rows}
         rewritten = "".join(json.dumps(row) + "\n" for row in rows)
         if not self.path.exists() or rewritten != self.path.read_text(encoding="utf-8"):
-            unfinished = self.path.with_name(f"{self.path.name}.{os.getpid()}.unfinished")
-            try:
-                unfinished.write_text(rewritten, encoding="utf-8")
-                os.replace(unfinished, self.path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with replacing(self.path, "--out") as file:
+                file.write_text(rewritten, encoding="utf-8")
 
     def _key(self, line: Line) -> str:
         return hashlib.sha256(f"{line.text}\n{self.settings}".encode("utf-8", "surrogatepass")).hexdigest()[:16]

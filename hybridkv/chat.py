@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,17 +143,14 @@ class Chat:
             self.compiling = False
         begun = False
         try:
-            for piece in self.talk.stream(question, self.args.max_new_tokens, self.sampling):
-                print(piece, end="", flush=True)
-                begun = True
-        except BaseException as e:
+            with closing(self.talk.stream(question, self.args.max_new_tokens, self.sampling)) as pieces:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+                    begun = True
+            begun = True  # an answer without a word is a line, too
+        finally:
             if begun:
                 print(flush=True)
-            if isinstance(e, KeyboardInterrupt):
-                say("(stopped)")
-                return
-            raise
-        print(flush=True)
         if self.tells:
             self.stats()
 
@@ -255,6 +252,7 @@ def converse(chat: Chat, lines: Callable[[], str], interactive: bool) -> bool:
     """Does line after line until there are no more. Returns whether all could be done."""
     fine = True
     while True:
+        line = ""
         try:
             line = lines().strip()
             if line:
@@ -264,7 +262,7 @@ def converse(chat: Chat, lines: Callable[[], str], interactive: bool) -> bool:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            say("(Ctrl-D ends)")
+            say("(stopped)" if line else "(Ctrl-D ends)")
         except BrokenPipeError:
             raise
         except Exception as e:

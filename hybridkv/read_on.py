@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.config import HybridConfig
+from hybridkv.planning.plan import Plan
 from hybridkv.planning.prefill import LayerProfile, Prefill, profile_layer
 from hybridkv.planning.prune import Span
 from hybridkv.reading import QUERIES, Question, Reading, beginning, rows_to_keep
@@ -138,6 +139,13 @@ class PrefillOn(Prefill):
         if self.layers[layer] is not None:  # not packed yet
             self.layers[layer] = LayerOnReading(self.layers[layer], reading, layer)
         return out
+
+    def fits(self, plan: Plan, layer: int) -> dict | None:
+        """With the reading, if the settled chunks follow from it alone."""
+        tokens = plan.settled_tokens
+        if plan.lane_chunks < plan.settled_chunks or not len(tokens) or int(tokens.max()) >= self.reading.tokens:
+            return None
+        return self.reading.fits.setdefault((plan.settled_name, layer), {})
 
 
 class Recorder:

@@ -11,6 +11,7 @@ one question leaves out is there for the next.
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,8 @@ class Reading:
         rows: (R,) int64, whose queries those are, in order.
         fingerprint: of the model that read it.
         messages: what was read, as messages to go on from; empty if the prompt had none.
+        fits: for (name of the tokens that are cut into chunks, layer) the sketches of heads that were dynamic for a
+            question, by head and rank: they follow from the reading, and are fitted once. Not saved.
     """
 
     input_ids: Tensor
@@ -45,6 +48,7 @@ class Reading:
     rows: Tensor
     fingerprint: str
     messages: list[dict] = field(default_factory=list)
+    fits: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -53,7 +57,8 @@ class Reading:
     @property
     def bytes(self) -> int:
         """Host memory that it takes."""
-        return sum(t.nbytes for t in (self.input_ids, self.rows, *self.k, *self.v, *self.q))
+        fits = [t for layer in self.fits.values() for fit in layer.values() for t in fit]
+        return sum(t.nbytes for t in (self.input_ids, self.rows, *self.k, *self.v, *self.q, *fits))
 
     def check(self, fingerprint: str) -> None:
         """Refuses to be used by a model of another fingerprint."""
@@ -93,8 +98,12 @@ class Reading:
             os.replace(unfinished, path)
         except SafetensorError as e:
             raise OSError(f"{path} can't be written: {' '.join(str(e).split())[:200]}") from e
+        except OSError as e:
+            e.filename, e.filename2 = str(path), None  # nobody knows the other file
+            raise
         finally:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: str) -> "Reading":

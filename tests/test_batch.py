@@ -146,6 +146,8 @@ BAD = [
     ('{"prompt": "a", "context_file": "missing.txt"}', "missing.txt does not exist"),
     ('{"prompt": "a", "context_file": 5}', '"context_file" must be the name of a file, got 5'),
     ('{"messages": []}', "no messages"),
+    ('{"prompt": "a", "prompt": "b"}', "says 'prompt' twice"),
+    ('{"messages": [{"role": "user", "role": "system", "content": "a"}]}', "says 'role' twice"),
     ('{"prompt": "\\ud800"}', "half of a surrogate pair"),
 ]
 
@@ -188,7 +190,7 @@ def test_a_budget_that_one_line_can_not_keep(vlm, files, tmp_path, one_model):
         (["--batch", "missing", "--out", "x", "--model", "demo"], "missing: No such file"),
         (["--batch", "blank", "--out", "x", "--model", "demo"], "blank holds no prompts"),
         (["--batch", "binary", "--out", "x", "--model", "demo"], "is not UTF-8 text"),
-        (["--batch", "in", "--out", "no/such/folder", "--model", "demo"], "No such file"),
+        (["--batch", "in", "--out", "no/such/file", "--model", "demo"], "no/such/file can't be written: No such file"),
         (["--batch", "in", "--out", ".", "--model", "demo"], "Is a directory"),
         (["--batch", "in", "--out", "in", "--model", "demo"], "is no answer"),
         (["--batch", "in", "--out", "binary", "--model", "demo"], "is no answer"),

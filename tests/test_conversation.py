@@ -173,6 +173,7 @@ def test_bad_lines_never_end_it(monkeypatch, capsys, tmp_path, vlm):
         ("/policy sparsemm", "sparsemm needs a head profile"),
         ("/policy best", "/policy wants one of hybridkv, full"),
         ("/save /", "error:"),
+        ("/save no/such/talk", "error: no/such/talk: No such file or directory"),
         (f"/save {tmp_path / 'notes'}", "is no reading, and stays as it is"),
         ("/load missing.reading", "there is no such file"),
         ("\udcff", "half of a surrogate pair"),
@@ -251,6 +252,52 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(vlm, tmp_path):
         person.type("/exit\n")
         assert person.ended() == 0
     assert "Traceback" not in person.text
+
+
+def test_ctrl_c_while_a_file_is_opened(tmp_path):
+    """The file is a pipe into which nobody writes."""
+    os.mkfifo(tmp_path / "never")
+    with terminal("hybridkv.chat", "--no-compile", "--no-history") as person:
+        person.until("/help lists commands")
+        person.until("> ")
+        person.type(f"/context {tmp_path / 'never'}\n")
+        person.until("never")  # the echo
+        person.interrupt_at_prompt()
+        person.until("(stopped)")
+        person.until("> ")
+        person.type(DEMOS["lookup"].prompt + "\n")
+        person.until(DEMOS["lookup"].answer)
+        person.type("/exit\n")
+        assert person.ended() == 0
+
+
+@pytest.mark.parametrize("reading", [True, False], ids=["what is shown", "the question"])
+def test_an_interrupt_while_reading_leaves_all_as_it_was(session, monkeypatch, reading):
+    chat_, folder = session
+    chat_.talk.reset()
+    chat_.take(f"/image {folder / 'a.png'}")
+    before = list(chat_.talk.messages), chat_.talk.reading
+    waiting = [f"/context {folder / 'text'}" if reading else "What?", "/stats now", "And?"]
+    last, layers = chat_.engine.model.layers[-1], iter([1])
+
+    def interrupted(*_) -> None:
+        if next(layers, 0):
+            raise KeyboardInterrupt
+
+    def lines() -> str:
+        if len(waiting) == 2:
+            assert (chat_.talk.messages, chat_.talk.reading) == before
+        if not waiting:
+            raise EOFError
+        return waiting.pop(0)
+
+    hook = last.register_forward_hook(interrupted)
+    try:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            assert not chat.converse(chat_, lines, interactive=True)
+    finally:
+        hook.remove()
+    assert "(stopped)" in err.getvalue() and out.getvalue().count("\n") == 1 and len(chat_.talk.messages) == 2
 
 
 WORDS = ["/image", "/video", "/context", "/budget", "/policy", "/save", "/load", "/reset", "/stats", "/help", "/", "//"]

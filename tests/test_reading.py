@@ -17,6 +17,7 @@ from torch import Tensor
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, Question, Reading, Sampling
+from hybridkv.cache import sketch
 from hybridkv.model import Processor, from_pretrained
 from hybridkv.planning.policies import POLICIES
 from hybridkv.read_on import PrefillOn, Recorder, attend_on
@@ -151,6 +152,31 @@ def test_dropped_readings_free_their_memory(model):
     del reading
     gc.collect()
     assert not any(r() is not None for r in kept)
+
+
+def test_sketches_are_fitted_once(model, monkeypatch):
+    fitted, fit = [], sketch.fit_sketch
+    monkeypatch.setattr(sketch, "fit_sketch", lambda k, rank: fitted.append(len(k)) or fit(k, rank))
+    engine = Watched(model, config(), "hybridkv")
+    reading = engine.read(prompt(300, 0), tokens=280)
+    bare = reading.bytes
+    questions = [asked(300 + n, 0, n, 280) for n in range(3)]
+    questions = [replace(q, prunable=q.prunable & (torch.arange(len(q.input_ids)) < 270)) for q in questions]
+    first = engine.ask(reading, questions[0])
+    seen, taken = sum(fitted), reading.bytes
+    assert seen == int(engine.plans[0].dynamic.sum()) > 0 and taken > bare
+    later = [engine.ask(reading, question) for question in questions[1:]]
+    assert sum(fitted) == seen and reading.bytes == taken  # the head profile makes the same heads dynamic
+    assert engine.ask(reading, questions[0]) == first
+    reading.fits.clear()
+    assert [engine.ask(reading, question) for question in questions[1:]] == later
+    engine.config = config(sketch_rank=4)
+    engine.ask(reading, questions[0])
+    assert sum(fitted) == 3 * seen
+    # Where chunks hold tokens that the reading has not, they are another question's business.
+    before = len(reading.fits)
+    engine.ask(reading, replace(asked(400, 0, 0, 280), prunable=torch.arange(400) < 380))
+    assert sum(fitted) == 4 * seen and len(reading.fits) == before
 
 
 def test_reading_goes_on_from_a_reading(model):

@@ -31,7 +31,7 @@ class KeyBounds(nn.Module):
         for name in ("low", "high"):
             self.register_buffer(name, like.new_zeros(pages, dim), persistent=False)
 
-    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int, fitted: int | None = None) -> None:
+    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int, *sketch: object) -> None:
         tail = full * self.page_size
         for lane, numbers in enumerate(pages):
             chunks = rearrange(k[lane, :tail], "(n s) d -> n s d", s=self.page_size)

@@ -19,7 +19,7 @@ class ExactKeys(nn.Module):
         self.page_size, self.group = config.page_size, config.group
         self.register_buffer("keys", like.new_zeros(pages * self.page_size, dim), persistent=False)
 
-    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int, fitted: int | None = None) -> None:
+    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int, *sketch: object) -> None:
         slot = torch.arange(self.page_size, device=k.device)
         for lane, numbers in enumerate(pages):
             slots = (numbers[:, None] * self.page_size + slot).flatten()

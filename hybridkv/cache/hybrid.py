@@ -279,7 +279,7 @@ class HybridCache(nn.Module):
         dynamic = plan.dynamic[layer].nonzero()[:, 0]
         if len(dynamic):
             rows = self._numbers(layer, placement.row[layer, b, dynamic])
-            self._sum_up(b, layer, dynamic, rows, chunk_keys(plan, kept, layer))
+            self._sum_up(b, layer, dynamic, rows, chunk_keys(plan, kept, layer), kept.fits)
             if isinstance(self.store, HostStore):
                 self._fill_frames(b, layer, dynamic, rows, kept.q)
         if self.recording is not None:
@@ -289,10 +289,10 @@ class HybridCache(nn.Module):
         """Numbers among the rows of all layers, (N,) on the device, of a layer's rows (N,), counted from 1."""
         return (sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row.long() - 1).to(self.keys.device)
 
-    def _sum_up(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, keys: Tensor) -> None:
+    def _sum_up(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, keys: Tensor, fits: dict | None) -> None:
         """Summaries of the chunks of a layer's dynamic lanes: keys (N, T', D), see `chunk_keys`; rows: (N,).
 
-        Of lanes that share their first chunks, only those that follow are summed up.
+        Of lanes that share their first chunks, only those that follow are summed up. `fits`: see `Kept`.
         """
         plan, placement = self._plans[b], self._placement
         full, shares = plan.lane_chunks, plan.shares[layer, dynamic]
@@ -308,7 +308,8 @@ class HybridCache(nn.Module):
             pages = [page + torch.arange(skipped, full + 1, device=keys.device) for page in first[some].tolist()]
             mine = keys[some.to(keys.device), skipped * self.page_size :]
             fitted = 0 if shared else min(plan.settled_chunks, full)
-            self.summary.pack(mine, pages, rows[some.to(rows.device)], full - skipped, fitted)
+            of_heads = (mine, pages, rows[some.to(rows.device)])
+            self.summary.pack(*of_heads, full - skipped, fitted, fits, dynamic[some].tolist())
 
     def _write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         self.keys.index_copy_(2, slots, k[None, None])

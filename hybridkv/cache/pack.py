@@ -132,12 +132,15 @@ class Kept:
         k, v: (N, D), one lane after the other, each in the order of `lane_tokens`.
         tokens: `lane_tokens`, of each lane.
         q: (Hq, D), the last query of the prompt's window; None if it has none.
+        fits: sketches of the same settled chunks, by head and rank, to which new ones are added; None where nobody
+            keeps them.
     """
 
     k: Tensor
     v: Tensor
     tokens: list[Tensor] = field(default_factory=list)
     q: Tensor | None = None
+    fits: dict | None = None
 
 
 def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
@@ -148,7 +151,7 @@ def keep(plan: Plan, prefill: Prefill, layer: int) -> Kept:
     head = torch.arange(len(tokens)).repeat_interleave(lengths).to(token.device)
     prefill.layers[layer] = None
     q = read.q[:, -1].clone() if read.q.shape[1] else None
-    return Kept(read.k[head, token], read.v[head, token], tokens, q)
+    return Kept(read.k[head, token], read.v[head, token], tokens, q, prefill.fits(plan, layer))
 
 
 def chunk_keys(plan: Plan, kept: Kept, layer: int) -> Tensor:

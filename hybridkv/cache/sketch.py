@@ -4,6 +4,8 @@ Stored page by page, tokens side by side, and four coordinates of a token in one
 whole words many times faster than runs of 16 bytes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
@@ -132,7 +134,16 @@ class KeySketch(nn.Module):
         buffer("step", rows, self.rank, dtype=torch.float32)
         self.step.fill_(1.0)  # rows that are not used encode, too, and must not divide by 0
 
-    def pack(self, k: Tensor, pages: list[Tensor], row: Tensor, full: int, fitted: int | None = None) -> None:
+    def pack(
+        self,
+        k: Tensor,
+        pages: list[Tensor],
+        row: Tensor,
+        full: int,
+        fitted: int | None = None,
+        fits: dict | None = None,
+        heads: Sequence[int] = (),
+    ) -> None:
         """Fits and stores the summaries of dynamic lanes.
 
         Args:
@@ -140,16 +151,28 @@ class KeySketch(nn.Module):
                 there are keys for it.
             pages: N tensors of page numbers, tail page last. row: (N,).
             fitted: of how many pages the sketch is made; None for the full ones, 0 for a sketch that is `share`d.
+            fits, heads: sketches that were fitted to the same keys before, by head and rank, and which the N heads are.
         """
         fitted = full if fitted is None else fitted
         if fitted:
-            basis, offset, step = fit_sketch(k[:, : fitted * self.page_size], self.rank)
+            basis, offset, step = self._fit(k[:, : fitted * self.page_size], fits, heads)
             self.basis[row], self.offset[row], self.step[row] = basis.to(self.basis.dtype), offset, step
         z = encode(k, self.basis[row], self.offset[row], self.step[row])
         sketch, tail = self.sketch.view(-1, self.words, self.page_size), full * self.page_size
         for lane, numbers in enumerate(pages):
             sketch[numbers[:full]] = pack_sketch(z[lane, :tail], self.page_size)
             sketch[numbers[full], :, : z.shape[1] - tail] = to_words(z[lane, tail:]).T
+
+    def _fit(self, k: Tensor, fits: dict | None, heads: Sequence[int]) -> Sequence[Tensor]:
+        """`fit_sketch`, of what was not fitted before."""
+        if fits is None:
+            return fit_sketch(k, self.rank)
+        keys = [(head, self.rank) for head in heads]
+        new = [n for n, key in enumerate(keys) if key not in fits]
+        if new:
+            found = [t.cpu() for t in fit_sketch(k[new], self.rank)]
+            fits.update({keys[n]: [t[i].clone() for t in found] for i, n in enumerate(new)})
+        return [torch.stack(parts).to(k.device) for parts in zip(*(fits[key] for key in keys), strict=True)]
 
     def share(self, row: Tensor, other: Tensor) -> None:
         """Rows (N,) read chunks that were summed up for the others (N,), and sum up theirs in the same way."""

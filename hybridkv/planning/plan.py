@@ -8,9 +8,11 @@ A lane is one of three things:
   step. The prunable rest is cut into chunks of one page, of which a step reads the best `n_retrieve`.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -83,6 +85,17 @@ class Plan:
     def settled_chunks(self) -> int:
         """Those of them that do not depend on how long the question is: all, or all but one."""
         return max(1, (int(self.prunable.sum()) - self.page_size + 1) // self.page_size)
+
+    @cached_property
+    def settled_tokens(self) -> Tensor:
+        """Their tokens, in the order in which they fill them."""
+        context = self.prunable.nonzero()[:, 0] if self.chunk_order is None else self.chunk_order
+        return context[: self.settled_chunks * self.page_size].cpu()
+
+    @cached_property
+    def settled_name(self) -> str:
+        """Equal for equal ones."""
+        return hashlib.sha256(self.settled_tokens.numpy().tobytes()).hexdigest()
 
     @property
     def shares(self) -> Tensor:

@@ -220,6 +220,10 @@ class Prefill:
         self.prunable, self.like = self.prunable.to(k.device), k[:, :0].clone()
         self.window = Window.of(self.prunable, self.config, self.spans)
 
+    def fits(self, plan: object, layer: int) -> dict | None:
+        """Where sketches of a layer's settled chunks are kept for later prompts: nowhere."""
+        return None
+
     def outline(self, n_layers: int, like: Tensor) -> "Prefill":
         """This record before anything is read: enough to plan, if the policy looks at no layer.
 

@@ -15,12 +15,6 @@ from hybridkv.planning.plan import Plan
 from hybridkv.reading import Question
 
 
-def settled_tokens(plan: Plan) -> Tensor:
-    """The tokens of the settled chunks, in the order in which they fill them."""
-    context = plan.prunable.nonzero()[:, 0] if plan.chunk_order is None else plan.chunk_order.cpu()
-    return context[: plan.settled_chunks * plan.page_size]
-
-
 def share(plans: list[Plan], prompts: Sequence) -> list[Plan]:
     """The same plans, with the `owner` of each lane whose settled chunks another question's lane holds already.
 
@@ -32,7 +26,7 @@ def share(plans: list[Plan], prompts: Sequence) -> list[Plan]:
     for b, (plan, prompt) in enumerate(zip(plans, prompts, strict=True)):
         if not isinstance(prompt, Question) or not plan.host or not plan.dynamic.any():
             continue
-        tokens = settled_tokens(plan)
+        tokens = plan.settled_tokens
         if plan.lane_chunks < plan.settled_chunks:
             continue
         for other, theirs, owner in groups:
