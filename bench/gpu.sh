@@ -53,6 +53,7 @@ step 60 attention-batch python -m bench.attention $shape --contexts "$long" --ba
 step 50 prefill python -m bench.prefill $shape --contexts 8192 "$long" --repeats 3 --out "$results/prefill-cuda.jsonl"
 step 60 memory python -m bench.memory $shape --contexts "$long" --contenders dense hybridkv \
     --out "$results/memory-cuda.jsonl"
+step 60 readings python -m bench.reading_speed $shape --tokens "${READ:-30000}" --retrieving-layers 0.5 --out "$results/readings-cuda.jsonl"
 # What a user buys hardware by: tokens a second of the largest batch that fits.
 step 150 throughput python -m bench.throughput $shape --context "$long" --memory "${MEMORY:-48GB}" --out "$results/throughput-cuda.jsonl"
 [ "$how" = all ] || exit

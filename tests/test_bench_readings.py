@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import readings
+from bench import reading_speed, readings
 
 
 def rows_of(file) -> list[dict]:
@@ -35,6 +35,20 @@ def test_questions_about_a_text(llama, tmp_path):
     row, times = rows_of(out)
     assert times.keys() == row.keys() - {"same", "right", "right_again", "right_kept", "kl", "kl_again"}
     assert row["questions"] == 1 and row["budget"] == 0.5 and row["new_tokens_read"] < row["prompt_tokens"] - 200
+
+
+def test_times_of_random_weights(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    shape = ["--layers", "1", "--kv-heads", "1", "--hidden-size", "32", "--intermediate-size", "32", "--device", "cpu"]
+    command = [*shape, "--tokens", "300", "--repeats", "1", "--policies", "hybridkv", "--retrieving-layers", "0.5"]
+    reading_speed.main([*command, "--out", str(out)])
+    (row,) = rows_of(out)
+    assert row["first_s"] > row["read_s"] > 0 and row["next_s"] > 0 and row["again_s"] > 0
+    assert row["beside_bytes"] is None and row["reading_bytes"] > 2 * 236 * 128 * 4 and row["retrieving_layers"] == 0.5
+    assert "question 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        reading_speed.main(["--tokens", "60"])
+    assert "make a measurement" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["--questions", "1"], ["--subjects", "0"]])

@@ -119,6 +119,26 @@ def test_a_reading_comes_over_the_bus(model, policy):
     assert engine.ask(longer, whole, 20) == engine.generate([whole], 20)[0]
 
 
+def test_a_question_holds_few_layers_of_its_reading():
+    """What a question takes beside its cache does not grow with the layers: two of the reading are there at a time."""
+
+    def beside(layers: int) -> tuple[int, int]:
+        """Bytes beside weights and cache, and those of a layer of the reading."""
+        raw = tiny_config(layers=layers, hidden_size=448, heads=14, kv_heads=2, head_dim=32, tie=False)
+        engine = Engine(random_model(raw).cuda(), HybridConfig(budget=0.2, store="host"), compile=False)
+        whole = prompt(16_000, 0)
+        reading = engine.read(whole, tokens=15_900)
+        engine.ask(reading, whole, 1)  # makes the cache
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        engine.ask(reading, whole, 1)
+        return torch.cuda.max_memory_allocated() - before, reading.k[0].nbytes + reading.v[0].nbytes
+
+    (few, layer), (many, _) = beside(4), beside(12)
+    assert many - few < layer
+
+
 HOST = HybridConfig(budget=0.2, dynamic_share=0.5, dynamic_weight=0.4, store="host", stickiness=1.0)
 
 
