@@ -10,6 +10,7 @@ Importing this module registers the name `hybridkv` with transformers, and does 
 `hf_serving.py`, how the prompt is read in `hf_prefill.py`, what may be pruned of it in `hf_inputs.py`.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 
 import torch
@@ -24,7 +25,7 @@ from hybridkv.config import HybridConfig
 from hybridkv.decode import CPU_OPTIONS
 from hybridkv.engine import Engine, Stats
 from hybridkv.hf_calibrate import calibrate
-from hybridkv.hf_inputs import has_pictures, layouts
+from hybridkv.hf_inputs import announced
 from hybridkv.hf_prefill import BatchPrefill
 from hybridkv.hf_serving import RoutedCache, check_model, layer_kinds, scaled
 from hybridkv.planning.head_profile import HeadProfile
@@ -76,12 +77,13 @@ class HybridKVCache(RoutedCache):
             settings["classifier"] = "profile"
         # The engine knows what a policy makes of a prompt. It has no model here, and reads nothing.
         self._planner = Engine(nn.Module(), HybridConfig(head_profile=head_profile, **settings), policy, compile=False)
-        self._model_config, self._copies = model.config, num_return_sequences
+        self._model, self._copies = weakref.ref(model), num_return_sequences
         self._store: HybridCache | None = None
         self._length = self._active = None  # tensors: () tokens read, padding included; (B,) bool
         self._announce(inputs, prunable, max_new_tokens)
-        super().__init__(model.config, static=True, room=bucket(self._tokens + self.max_new_tokens))
+        super().__init__(model.config, static=True, room=bucket(self._announced.tokens + self.max_new_tokens))
         self._begin()
+        watch(model)
 
     def reset(
         self,
@@ -97,15 +99,13 @@ class HybridKVCache(RoutedCache):
             max_new_tokens: None for as many as before.
             prunable: as for the cache.
         """
-        before = self._tokens + self.max_new_tokens, len(self._layouts)
+        before = self._announced.tokens + self.max_new_tokens, len(self._announced.layouts)
         if inputs is None and prunable is not None:
             raise ValueError("prunable goes with inputs: give both")
         self._announce(inputs, prunable, self.max_new_tokens if max_new_tokens is None else max_new_tokens)
-        room, batch = self._tokens + self.max_new_tokens, len(self._layouts)
+        room, batch = self._announced.tokens + self.max_new_tokens, len(self._announced.layouts)
         if bucket(room) > bucket(before[0]) or batch != before[1]:
             self.layers = self.new_layers(bucket(room))
-        for layer in self.layers:
-            layer.reset()
         self._begin()
 
     def stats(self) -> Stats:
@@ -132,13 +132,13 @@ class HybridKVCache(RoutedCache):
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name} must be a positive number, got {count!r}")
         if inputs is not None:
-            self._layouts = layouts(self._model_config, inputs, self._planner.config, prunable, self._copies)
-            self._pictures = has_pictures(inputs)
-        self._tokens = self._layouts[0].pad + len(self._layouts[0].prunable)
+            self._announced = announced(self._model().config, inputs, self._planner.config, prunable, self._copies)
         self.max_new_tokens = max_new_tokens
 
     def _begin(self) -> None:
-        self._prefill = BatchPrefill(self._layouts, self._tokens, self.n_layers, self._pictures, self._planner.config)
+        for layer in self.layers:
+            layer.reset()
+        self._prefill = BatchPrefill(self._announced, self.n_layers, self._planner.config)
         self._plans: list[Plan] = []
         self._ahead = self._loaded = False
         self._steps = 0
@@ -152,8 +152,6 @@ class HybridKVCache(RoutedCache):
         """transformers sets it when `generate` begins with a cache of the user's."""
         if self._loaded:
             raise RuntimeError("this cache holds a prompt already: call cache.reset(inputs) before the next generate")
-        for layer in self.layers:
-            layer.reset()
         self._begin()  # whatever a call that failed has left
 
     def length(self) -> int | Tensor:
@@ -204,6 +202,8 @@ class HybridKVCache(RoutedCache):
         self, index: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
     ) -> Tensor:
         """One layer of the prompt. It is planned as early as the policy allows, see `Engine.read`."""
+        if index == 0:
+            self._check_owner(module)
         out, complete = self._prefill.attend(index, module, q, k, v, mask, scaling)
         if not complete:
             return out
@@ -225,6 +225,11 @@ class HybridKVCache(RoutedCache):
             self._loaded, self._prefill = True, None
         return out
 
+    def _check_owner(self, module: nn.Module) -> None:
+        model = self._model()
+        if model is None or all(module is not own for own in model.modules()):
+            raise ValueError("the cache was made for another model: make one for this")
+
     def _make_room(self, plans: list[Plan], like: Prefill) -> None:
         """Reserves a store for these plans: the one that is there, or a new one if that can't hold them."""
         capacity, batch, key = Capacity.of(plans, self.max_new_tokens), len(plans), like.like
@@ -242,11 +247,28 @@ class HybridKVCache(RoutedCache):
                 self._active = torch.ones(batch, dtype=torch.bool, device=key.device)
             for tensor in (self._length, self._active):
                 torch._dynamo.mark_static_address(tensor)  # as transformers' own, so that CUDA graphs can be used
-        self._length.fill_(self._tokens)
+        self._length.fill_(self._announced.tokens)
 
     def _pack(self, layer: int) -> None:
         for b, (plan, prefill) in enumerate(zip(self._plans, self._prefill.prefills, strict=True)):
             self._store.pack(b, layer, keep(plan, prefill, layer))
+
+
+def watch(model: nn.Module) -> None:
+    """Lets caches see what the model is about to read; it changes nothing, and stays in the model.
+
+    The hook finds its cache in the call, so that one does for all caches, at once and one after the other.
+    """
+    outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    if look not in outermost._forward_pre_hooks.values():
+        outermost.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def look(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A forward pre-hook: what can be refused is, before anything is computed."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, HybridKVCache) and not torch.compiler.is_compiling() and not cache._loaded:
+        cache._prefill.expect(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
 
 
 def one_layer(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class WatchedCache(RoutedCache):
     def __init__(self, config, watcher: Prefill | Observer, seen: int = 0):
         super().__init__(config, static=False, room=0)
         self.config, self.watcher, self.seen = config, watcher, seen
+        self.rows: Tensor | None = None  # of the window, found once a prompt
 
     def length(self) -> int:
         return self.seen
@@ -70,8 +71,9 @@ class WatchedCache(RoutedCache):
             self.seen += q.shape[2]
         if isinstance(self.watcher, Observer):
             return self.watcher.attend(index, scaled(q, scaling), k, v).transpose(1, 2)
-        rows = Window.of(self.watcher.prunable, self.watcher.config, self.watcher.spans).rows.to(q.device)
-        self.watcher.record(index, scaled(q, scaling)[0, :, rows], k[0], v[0])
+        if self.rows is None:
+            self.rows = Window.of(self.watcher.prunable, self.watcher.config, self.watcher.spans).rows.to(q.device)
+        self.watcher.record(index, scaled(q, scaling)[0, :, self.rows], k[0], v[0])
         return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling)[0]
 
     def answering(self, observer: Observer) -> "WatchedCache":

@@ -1,14 +1,12 @@
 """A batch of prompts on its way through a Hugging Face model, whole or in chunks: dense attention, and a record."""
 
-from collections.abc import Sequence
-
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hybridkv.config import HybridConfig
-from hybridkv.hf_inputs import Layout
+from hybridkv.hf_inputs import Announced
 from hybridkv.hf_serving import scaled
 from hybridkv.planning.prefill import Prefill, Window
 
@@ -19,17 +17,16 @@ class BatchPrefill:
     """What was read so far.
 
     Args:
-        layouts: of B sequences. tokens: T, padding included. n_layers: that will call.
-        pictures: whether the prompts come with pixels.
+        announced: the prompts. n_layers: that will call.
 
     Attributes:
         prefills: the record of each sequence; a layer is in it once all its tokens were read.
         seen: tokens that all layers have read.
     """
 
-    def __init__(self, layouts: Sequence[Layout], tokens: int, n_layers: int, pictures: bool, config: HybridConfig):
-        self.layouts, self.tokens, self.n_layers, self.pictures = layouts, tokens, n_layers, pictures
-        self.prefills = [Prefill(layout.prunable, config, spans=layout.spans) for layout in layouts]
+    def __init__(self, announced: Announced, n_layers: int, config: HybridConfig):
+        self.announced, self.layouts, self.n_layers = announced, announced.layouts, n_layers
+        self.prefills = [Prefill(layout.prunable, config, spans=layout.spans) for layout in self.layouts]
         self.seen, self.last = 0, 0  # tokens of all chunks; of the last one
         self._parts: dict[int, list[tuple[Tensor, Tensor, list[Tensor]]]] = {}  # of layers that are not complete
         self._rows: list[Tensor] | None = None  # of the windows
@@ -56,35 +53,48 @@ class BatchPrefill:
             self.seen, self.last = self.seen + q.shape[2], q.shape[2]
         return out, complete
 
-    def _check(self, k: Tensor, mask: Tensor | None) -> bool:
-        """Whether this chunk is the last one.
+    def expect(self, ids: Tensor | None, embeddings: Tensor | None) -> None:
+        """Looks at what the model is about to read, ids (B, T') or embeddings (B, T', C), before anything is computed.
 
         Raises:
             ValueError: these are not the prompts that were announced.
         """
-        new, batch = k.shape[2], len(self.layouts)
-        if k.shape[0] != batch:
-            raise ValueError(
-                f"the cache was made for {batch} sequences, the model reads {k.shape[0]}. Beam search is not possible; "
-                "for several answers to a prompt give num_return_sequences to the cache, too"
-            )
-        complete = self.seen + new == self.tokens
-        if not complete and self.pictures and transformers_version() < IN_CHUNKS:
-            raise NotImplementedError(
-                f"transformers {transformers.__version__} can't read pictures in chunks: leave prefill_chunk_size out, "
-                f"or use transformers {IN_CHUNKS[0]}.{IN_CHUNKS[1]}"
-            )
-        if self.seen + new > self.tokens or (not complete and new == 1 and self.last > 1):
-            raise ValueError(
-                f"the cache was made for prompts of {self.tokens} tokens, the model reads {self.seen + new} or more, "
-                "which must be other ones: make it, or call cache.reset, with what goes to generate"
-            )
+        given = embeddings if ids is None else ids
+        if given is None:
+            return  # which the model itself refuses
+        self._check_sizes(*given.shape[:2])
+        self.announced.check(ids, embeddings, self.seen)
+
+    def _check(self, k: Tensor, mask: Tensor | None) -> bool:
+        """Whether this chunk is the last one. What the model hides must be the padding that was announced."""
+        batch = len(self.layouts)
+        complete = self._check_sizes(k.shape[0], k.shape[2])
         if complete and mask is not None:
-            seen = mask[:, 0, -1, : self.tokens]  # (B, T)
+            seen = mask[:, 0, -1, : self.announced.tokens]  # (B, T)
             pad = (~seen if seen.dtype == torch.bool else seen != 0).sum(-1).expand(batch).tolist()
         if complete and (pad if mask is not None else [0] * batch) != [layout.pad for layout in self.layouts]:
             raise ValueError("the model hides other tokens than the attention_mask that the cache was made with")
         return complete
+
+    def _check_sizes(self, batch: int, new: int) -> bool:
+        """Whether so many tokens complete the prompts."""
+        if batch != len(self.layouts):
+            raise ValueError(
+                f"the cache was made for {len(self.layouts)} sequences, the model reads {batch}. Beam search is not "
+                "possible; for several answers to a prompt give num_return_sequences to the cache, too"
+            )
+        tokens, seen = self.announced.tokens, self.seen + new
+        if seen < tokens and self.announced.pictures and transformers_version() < IN_CHUNKS:
+            raise NotImplementedError(
+                f"transformers {transformers.__version__} can't read pictures in chunks: leave prefill_chunk_size out, "
+                f"or use transformers {IN_CHUNKS[0]}.{IN_CHUNKS[1]}"
+            )
+        if seen > tokens or (seen < tokens and new == 1 and self.last > 1):
+            raise ValueError(
+                f"the cache was made for prompts of {tokens} tokens, the model reads {seen} or more, which must be "
+                "other ones: make it, or call cache.reset, with what goes to generate"
+            )
+        return seen == tokens
 
     def _window_queries(self, q: Tensor) -> list[Tensor]:
         """For each sequence, the chunk's queries (Hq, N, D) that its record will look at, in the prompt's order."""

@@ -313,8 +313,12 @@ def test_caches_and_threads_do_not_meet():
     answers: dict[int, Tensor] = {}
 
     def work(n):
+        kv = made(its, prompts[n], budget=0.3, strict=False)
+        other = {"input_ids": prompts[n]["input_ids"] % 100 + 1}
+        with torch.no_grad(), pytest.raises(ValueError, match="another prompt"):
+            run(its.model, other, kv)
         with torch.no_grad():
-            answers[n] = run(its.model, prompts[n], made(its, prompts[n], budget=0.3, strict=False))[0]
+            answers[n] = run(its.model, prompts[n], kv)[0]
 
     threads = [threading.Thread(target=work, args=(n,)) for n in seeds]
     for thread in threads:
@@ -338,10 +342,10 @@ def test_half_precision(dtype):
 def test_what_may_be_pruned():
     its = world("Llama")
     kv = made(its, prunable=torch.arange(300) < 200, budget=0.5)
-    assert int(kv._layouts[0].prunable.sum()) == 200
+    assert int(kv._announced.layouts[0].prunable.sum()) == 200
     run(its.model, its.inputs, kv)
     assert kv.stats().attended_tokens > 100
-    assert int(made(its)._layouts[0].prunable.sum()) == 300 - HybridConfig().window
+    assert int(made(its)._announced.layouts[0].prunable.sum()) == 300 - HybridConfig().window
 
 
 def test_head_profiles():
@@ -440,6 +444,71 @@ def test_a_prompt_that_the_cache_was_not_made_for():
         run(its.model, its.inputs, made(its, its.inputs | {"attention_mask": mask}), pad_token_id=0)
     with pytest.raises(ValueError, match="for 1 sequences, the model reads 2"):
         run(its.model, {"input_ids": text_ids(300, batch=2)}, made(its))
+
+
+def computed(model: hf.PreTrainedModel) -> list:
+    """What its decoder is asked from now on; the test's own hook stays in a copy."""
+    calls: list = []
+    model.get_decoder().register_forward_pre_hook(lambda *_: calls.append(0))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2.5-VL", "Gemma 3"])
+def test_another_prompt_of_the_same_length(name):
+    """Refused before the decoder computes anything; the cache then still serves its own."""
+    its = world(name)
+    ids, model = its.inputs["input_ids"], copy.deepcopy(its.model)
+    kv = HybridKVCache(model, its.inputs, budget=0.3, max_new_tokens=NEW)
+    calls = computed(model)
+    others = [ids.clone() for _ in range(3)]
+    others[0][0, 0], others[1][0, -1] = ids[0, 0] + 1, ids[0, -1] - 1
+    others[2][0] = ids[0].roll(1)  # pictures elsewhere
+    for other in others:
+        with pytest.raises(ValueError, match=r"another prompt than the cache was made for.*cache\.reset"):
+            run(model, its.inputs | {"input_ids": other}, kv)
+    assert not calls
+    tokens, _ = run(model, its.inputs, kv)
+    assert torch.equal(tokens, run(its.model, its.inputs, made(its))[0])
+    kv.reset(its.inputs | {"input_ids": others[0]})
+    with pytest.raises(ValueError, match="another prompt"):
+        run(model, its.inputs, kv)
+    run(model, its.inputs | {"input_ids": others[0]}, kv)
+
+
+def test_another_prompt_by_other_ways():
+    its = world("Llama")
+    ids, other = its.inputs["input_ids"], text_ids(300, seed=1)
+    embed = its.model.get_input_embeddings()
+    both = made(its, {"input_ids": ids, "inputs_embeds": embed(ids)})
+    for kv in (made(its, {"inputs_embeds": embed(ids)}), both):
+        with pytest.raises(ValueError, match="another prompt"):
+            run(its.model, {"inputs_embeds": embed(other)}, kv)
+    with pytest.raises(ValueError, match="reads input_ids, the cache was made with inputs_embeds"):
+        run(its.model, its.inputs, made(its, {"inputs_embeds": embed(ids)}))
+    with pytest.raises(ValueError, match="reads inputs_embeds, the cache was made with input_ids"):
+        run(its.model, {"inputs_embeds": embed(ids)}, made(its))
+    late = torch.cat((ids[:, :200], other[:, 200:]), 1)
+    for tokens in (other, late):  # in the first chunk, in a later one
+        with pytest.raises(ValueError, match="another prompt"):
+            run(its.model, {"input_ids": tokens}, made(its), prefill_chunk_size=64)
+    with pytest.raises(ValueError, match="another prompt"):
+        its.model(other, past_key_values=made(its))
+    its.model(ids, past_key_values=made(its))
+    written = ids.clone()
+    kv = made(its, {"input_ids": written})
+    written.copy_(other)
+    with pytest.raises(ValueError, match="another prompt"):
+        run(its.model, {"input_ids": written}, kv)
+    two = made(its, num_return_sequences=2)
+    run(its.model, its.inputs, two, num_return_sequences=2, do_sample=True)
+
+
+def test_a_cache_in_another_model():
+    its = world("Llama")
+    with pytest.raises(ValueError, match="another model"):
+        run(copy.deepcopy(its.model), its.inputs, made(its))
+    with pytest.raises(ValueError, match="another model"):
+        run(world("Mistral").model, its.inputs, made(its))
 
 
 def test_several_tokens_after_the_prompt():
