@@ -1,10 +1,12 @@
 """How many kernels a layer takes, and which: read from the code that the compiler writes, so without a GPU, too.
 
     python -m bench.kernels --layers 4 --retrieving-layers 0.5
+    python -m bench.kernels --layers 4 --retrieving-layers 0.5 --dtype bfloat16 --as-gpu --store host
 
 A kernel of a large model takes microseconds, and is launched in every layer: on a GPU their number counts for as much
 as their bytes. On a CPU scoring is a loop over lanes, which a GPU does not have: its kernels are counted apart, once.
-Wants two layers of each kind: code that is used once is written into the step.
+Wants two layers of each kind: code that is used once is written into the step. With --as-gpu the code is a GPU's, and
+every kernel is compiled for it: for that torch must be built for CUDA, but there need not be a GPU (`bench.gpu_code`).
 """
 
 import argparse
@@ -19,13 +21,15 @@ from torch._inductor import config as inductor_config
 from torch._inductor.graph import GraphLowering
 from torch.profiler import ProfilerActivity, profile
 
+from bench import gpu_code
 from bench.common import add_model_arguments, make_model, random_prefill, spread_profile
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine
 from hybridkv.sampling import Sampling
 
 FUNCTION = re.compile(r"^ *def (\w+)\(", re.M)
-CALL = re.compile(r"^ +(?:\w+ = )?((?:cpp|triton)_\w+|extern_kernels\.\w+|torch\.ops\.aten\.\w+)[\w.]*\(", re.M)
+KERNEL = r"(?:cpp|triton)_(?!helpers)\w+|extern_kernels\.\w+|(?:torch\.ops\.)?aten\.\w+"
+CALL = re.compile(rf"^ +(?:\w+ = )?({KERNEL})[\w.]*\(", re.M)
 LAYER = re.compile(r"subgraph_\d+$")
 
 
@@ -74,19 +78,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--retrieving-layers", type=float, default=0.5)
+    parser.add_argument("--store", choices=("device", "host"), default="device")
+    parser.add_argument("--as-gpu", action="store_true", help="the code of a GPU, see above")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
+    if args.as_gpu and not gpu_code.can_write():
+        parser.error("--as-gpu wants a torch that was built for CUDA")
+    args.device = "cpu" if args.as_gpu else args.device
     model = make_model(args)
     profile = spread_profile(model.cfg, args.retrieving_layers)
-    config = HybridConfig(budget=args.budget, head_profile=profile, retrieving_layers=args.retrieving_layers)
-    engine = Engine(model, config)
-    with torch.no_grad(), compiler_output() as code:
-        engine.load([random_prefill(model, args.context, config, b) for b in range(args.batch)], 8)
+    settings = dict(budget=args.budget, head_profile=profile, retrieving_layers=args.retrieving_layers)
+    engine = Engine(model, HybridConfig(store=args.store, **settings), compile=not args.as_gpu)
+    with torch.no_grad():
+        engine.load([random_prefill(model, args.context, engine.config, b) for b in range(args.batch)], 8)
         engine.begin([args.context] * args.batch, 8, Sampling(), model.device)
-        engine.step()
-    for kernels, loop in regions("\n".join(code)):
+        if args.as_gpu:
+            with gpu_code.as_gpu():
+                code = gpu_code.step_code(engine)
+                shared = gpu_code.build(code)
+        else:
+            with compiler_output() as written:
+                engine.step()
+            code, shared = "\n".join(written), {}
+    for kernels, loop in regions(code):
         print(f"{len(kernels)} kernels in a layer" + f", and {len(loop)} in each turn of its loop" * bool(loop))
         print("\n".join([f"    {name[:110]}" for name in kernels] + [f"        {name[:106]}" for name in loop]))
+    if shared:
+        most = max(shared.values())
+        print(f"{len(shared)} kernels compile for the {gpu_code.H200.name}, with up to {most:,} bytes of shared memory")
 
 
 if __name__ == "__main__":
