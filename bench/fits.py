@@ -1,7 +1,8 @@
 """What fits into a device's memory, from the peaks that `bench.memory` has measured.
 
-Peaks grow evenly with layers, sequences and tokens, but for sizes that are rounded. So each stage of a run is taken to
-lie on lines through the smallest and the largest of what was measured along each of the three.
+Beyond the weights, which are counted, peaks grow evenly with layers, sequences and tokens, but for sizes that are
+rounded. So each stage of a run is taken to lie on lines through the smallest and the largest of what was measured along
+each of the three.
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,14 @@ from collections.abc import Sequence
 from hybridkv.estimate import largest
 from hybridkv.report import size
 
-STAGES = ("weights", "prefill_peak", "prefilled", "decode_peak")
+STAGES = ("prefill_peak", "prefilled", "decode_peak")
 MOST = {"batch": 1 << 12, "context": 1 << 24}  # that is asked about
 
 
 def stage_at(rows: list[dict], stage: str, at: dict[str, int]) -> float:
-    """Bytes of a stage where `at` says: a number of layers, a batch, a context. rows: every combination of them."""
+    """Bytes beyond the weights, where `at` says: a number of layers, a batch, a context. rows: all combinations."""
     if not at:
-        return rows[0]["bytes"][stage]
+        return rows[0]["bytes"][stage] - rows[0]["bytes"]["weights"]
     (axis, wanted), *others = at.items()
     first, last = min(row[axis] for row in rows), max(row[axis] for row in rows)
     low, high = (stage_at([row for row in rows if row[axis] == end], stage, dict(others)) for end in (first, last))
@@ -24,7 +25,7 @@ def stage_at(rows: list[dict], stage: str, at: dict[str, int]) -> float:
 
 
 def peak_at(rows: list[dict], at: dict[str, int]) -> float:
-    """Bytes of the highest stage."""
+    """Bytes of the highest stage, beyond the weights."""
     return max(stage_at(rows, stage, at) for stage in STAGES)
 
 
@@ -36,26 +37,29 @@ def complete(rows: list[dict]) -> list[dict]:
 
 
 def made_of(rows: list[dict], at: dict[str, int]) -> dict[str, int]:
-    """The peak in parts: weights, what the caches hold, and the rest, which is there for a moment.
+    """The peak beyond the weights: what the caches hold, and the rest, which is there for a moment.
 
     `with_layers` is what of the rest grows with the number of layers.
     """
-    weights, held, peak = stage_at(rows, "weights", at), stage_at(rows, "prefilled", at), peak_at(rows, at)
-    parts = {"weights": weights, "caches": held - weights, "moment": peak - held}
+    held, peak = stage_at(rows, "prefilled", at), peak_at(rows, at)
+    parts = {"caches": held, "moment": peak - held}
     if len({row["layers"] for row in rows}) > 1:
         none = at | {"layers": 0}
         parts["with_layers"] = peak - held - (peak_at(rows, none) - stage_at(rows, "prefilled", none))
     return {name: round(number) for name, number in parts.items()}
 
 
-def fitting(rows: list[dict], sizes: Sequence[int], layers: int, context: int | None = None) -> list[dict]:
+def fitting(
+    rows: list[dict], sizes: Sequence[int], layers: int, weights: int, context: int | None = None
+) -> list[dict]:
     """A row for each of the sizes, in bytes.
 
     `largest_context` is that of prompts at the smallest batch, `largest_batch` that of prompts of `at_context` tokens;
     each is there if two values were measured, so that it is known how the peak grows.
 
     Args:
-        rows: of one contender. layers: of the model that is to fit.
+        rows: of one contender.
+        layers, weights: of the model that is to fit; the latter in bytes.
         context: None for the longest in rows.
     """
     rows = complete(rows)
@@ -69,10 +73,10 @@ def fitting(rows: list[dict], sizes: Sequence[int], layers: int, context: int | 
         for axis in (axis for axis in values if len(values[axis]) > 1):
 
             def fits(n: int, axis: str = axis, room: int = room) -> bool:
-                return n <= MOST[axis] and peak_at(rows, at | {axis: n}) <= room
+                return n <= MOST[axis] and weights + peak_at(rows, at | {axis: n}) <= room
 
             row[f"largest_{axis}"] = largest(fits)
-        found.append(row | {"made_of": made_of(rows, at)})
+        found.append(row | {"made_of": {"weights": weights} | made_of(rows, at)})
     return found
 
 

@@ -3,8 +3,8 @@
     python -m bench.memory --contexts 4096 16384
     python -m bench.memory --shape qwen2.5-vl-7b --dtype bfloat16 --contexts 8192 32768 --batches 1 2 --eager \\
         --fits 24GB 48GB 80GB                                   # on a GPU
-    python -m bench.memory --shape qwen2.5-vl-7b --dtype bfloat16 --layers 4 --contexts 1024 2048 --batches 1 2 \\
-        --eager --store host --fits 24GB 48GB 80GB --at 32768   # anywhere
+    python -m bench.memory --shape qwen2.5-vl-7b --dtype bfloat16 --layers 2 --vocab-size 4096 --eager --batches 1 2 \\
+        --contexts 2048 4096 --store host --fits 24GB 48GB 80GB --at 32768   # anywhere
 
 Contenders: `dense` (plain tensors), `full` (on pages), `hybridkv` (planned when the prompt has been read, so that its
 whole cache stands beside the pages for a moment) and `hybridkv ahead` (heads known from an offline profile). All but
@@ -17,7 +17,7 @@ plain tensors. Weights are in all numbers; `store` is what a cache holds in host
 number; `host` is the memory of the whole process, compiler and profiler included.
 
 What fits into each of --fits follows from the peaks (`bench.fits`). With fewer --layers than the shape has, they are
-measured with these and with half of them, and what fits is said of all of the shape's.
+measured with these and with half of them. What fits is said of all of the shape's layers, and of its vocabulary.
 """
 
 import argparse
@@ -34,16 +34,18 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.common import QUESTION, SHAPES, add_model_arguments, describe, make_model, write_row
-from bench.fits import STAGES, described, fitting
+from bench.common import QUESTION, SHAPES, add_model_arguments, describe, make_model, model_config, write_row
+from bench.fits import described, fitting
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine, Sampling
-from hybridkv.estimate import memory
+from hybridkv.estimate import memory, weight_bytes
+from hybridkv.model.config import Config
 from hybridkv.model.decoder import Model
 from hybridkv.planning.head_profile import HeadProfile
 
 CONTENDERS = ("dense", "full", "hybridkv", "hybridkv ahead")
 WARM_UP = 3  # steps before one is measured
+STAGES = ("weights", "prefill_peak", "prefilled", "decode_peak")
 
 
 def traced(work: Callable[[], object], apart: Callable[[], Sequence[Tensor]] = tuple) -> tuple[int, int]:
@@ -129,6 +131,15 @@ def stages(model: Model, args: argparse.Namespace) -> dict[str, int]:
     return found | {"host": psutil.Process().memory_info().rss}
 
 
+def whole_model(args: argparse.Namespace) -> Config:
+    """The decoder that the arguments describe, with all of its shape's layers and vocabulary."""
+    cfg, shape = model_config(args), SHAPES[args.shape]
+    if args.model:
+        return cfg
+    layers, vocab = max(cfg.num_hidden_layers, shape["layers"]), max(cfg.vocab_size, shape["vocab_size"])
+    return replace(cfg, num_hidden_layers=layers, vocab_size=vocab)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -149,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if argv is None else argv)
     about = describe("bench.memory", args, argv)
-    most, whole = about["layers"], about["layers"]
-    if args.layers and not args.model:
-        whole = max(whole, SHAPES[args.shape]["layers"])
-    depths = [most] if whole == most else [most // 2, most]
+    whole = whole_model(args)
+    most = about["layers"]
+    depths = [most] if whole.num_hidden_layers == most else [max(1, most // 2), most]
+    weights = weight_bytes(whole, getattr(torch, args.dtype))
     head = "".join(f"{name:>14}" for name in (*STAGES, "store", "host"))
     print(f"layers batch {'context':>8} {'cache':>16}{head}   MB")
     for contender in args.contenders:
@@ -173,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{where}{cells}", flush=True)
             write_row(args.out, row)
             rows.append(row)
-        for row in fitting(rows, args.fits, whole, args.at):
+        for row in fitting(rows, args.fits, whole.num_hidden_layers, weights, args.at):
             print(f"{contender:>24} {described(row)}", flush=True)
             more = {"contender": contender, "budget": args.budget, "store": args.store, "eager": args.eager}
             write_row(args.out, more | row | about)
