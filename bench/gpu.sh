@@ -51,8 +51,8 @@ step 60 attention python -m bench.attention $shape --contexts "$long" --repeats 
 step 60 attention-batch python -m bench.attention $shape --contexts "$long" --batch 8 --repeats 20 --kernels 15 \
     --contenders flex hybridkv --out "$results/attention-cuda.jsonl"
 step 50 prefill python -m bench.prefill $shape --contexts 8192 "$long" --repeats 3 --out "$results/prefill-cuda.jsonl"
-step 60 memory python -m bench.memory $shape --contexts "$long" --contenders dense hybridkv \
-    --out "$results/memory-cuda.jsonl"
+step 100 memory python -m bench.memory $shape --contexts "$((long / 4))" "$long" --batches 1 2 --eager \
+    --contenders dense "hybridkv ahead" --fits 24GB 48GB 80GB --out "$results/memory-cuda.jsonl"
 step 60 readings python -m bench.reading_speed $shape --tokens "${READ:-30000}" --retrieving-layers 0.5 --out "$results/readings-cuda.jsonl"
 # What a user buys hardware by: tokens a second of the largest batch that fits.
 step 150 throughput python -m bench.throughput $shape --context "$long" --memory "${MEMORY:-48GB}" --out "$results/throughput-cuda.jsonl"

@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     given = list(sys.argv[1:] if argv is None else argv)
     about = describe("bench.memory", args, argv)
+    store = "host" if HybridConfig(store=args.store).on_host(torch.device(args.device)) else "device"
     whole = whole_model(args)
     most = about["layers"]
     depths = [most] if whole.num_hidden_layers == most else [max(1, most // 2), most]
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
             row = {"contender": contender, "context": context, "batch": batch, "budget": args.budget}
-            row |= {"store": args.store, "eager": args.eager, "bytes": found}
+            row |= {"store": store, "eager": args.eager, "bytes": found}
             row |= {"peak": max(found["prefill_peak"], found["decode_peak"])} | about | {"layers": layers}
             cells = "".join(f"{found[name] / 1e6:14.1f}" for name in (*STAGES, "store", "host"))
             print(f"{where}{cells}", flush=True)
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row)
         for row in fitting(rows, args.fits, whole.num_hidden_layers, weights, args.at):
             print(f"{contender:>24} {described(row)}", flush=True)
-            more = {"contender": contender, "budget": args.budget, "store": args.store, "eager": args.eager}
+            more = {"contender": contender, "budget": args.budget, "store": store, "eager": args.eager}
             write_row(args.out, more | row | about)
 
 

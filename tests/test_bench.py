@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import heads, judge, layers, quality, report
+from bench import heads, judge, layers, long_answers, quality, report
 from bench.report import bootstrap
 from bench.tasks import TEXT_TASKS, Case, make_case
 from demo.tiny_vlm import config as tiny_config
@@ -172,6 +172,21 @@ def test_head_profiles_are_measured_on_other_prompts(tmp_path, monkeypatch):
     assert rows == [str(file), str(file), None]
     quality.main([*command, "--policies", "hybridkv:classifier=profile"])
     assert len(made) == 3  # neither the profile nor the row is measured again
+
+
+def test_long_answers_go_on_behind_their_end_and_follow_the_full_cache(tmp_path, capsys, monkeypatch):
+    """Everything kept, nothing is lost; of what only the newest tokens are kept, more is lost the longer it gets."""
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(long_answers, "STRETCHES", (32,))
+    command = ["--tasks", "lookup", "--tokens", "64", "--samples", "1", "--new-tokens", "60", "--budget", "1"]
+    long_answers.main([*command, "--policies", "full", "hybridkv:keep_new=16", "--out", str(out)])
+    full, few = map(json.loads, out.read_text().splitlines())
+    assert full["stretches"] == [[0, 32], [32, 60]] and len(full["kl"]) == 2
+    assert max(full["kl"]) < 1e-4 and full["agrees"] == [1.0, 1.0]
+    assert few["kl"][1] > 1e-3 and few["config"]["keep_new"] == 16
+    assert few["device_bytes"] < full["device_bytes"]
+    assert few["full_bytes"] == pytest.approx(full["full_bytes"])
+    assert "hybridkv:keep_new=16" in capsys.readouterr().out
 
 
 def test_rows_become_tables(tmp_path, capsys):

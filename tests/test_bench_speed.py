@@ -1,6 +1,7 @@
 """The benchmarks of speed and memory, small: that they measure what they say."""
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -10,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import attention, common, compile_time, decode, kernels, memory, prefill, throughput
+from bench import attention, common, compile_time, decode, fits, kernels, memory, prefill, throughput
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import HybridConfig, Prefill, engine, hybrid_plan
+from hybridkv import HybridConfig, Prefill, engine, estimate, hybrid_plan
 from hybridkv.cache import attention as cache_attention
 from hybridkv.cache.attention import PoolError
 from hybridkv.cache.store import StoreError
@@ -181,6 +182,7 @@ def test_memory_is_traced_but_for_scalars(stance):
 
     assert memory.traced(work) == pytest.approx((8000, 8000), abs=100)
     assert memory.traced(kept.clear) == (0, 0)
+    assert memory.traced(lambda: kept.append(torch.ones(1000)), lambda: kept) == (0, 0)  # told apart
     halves = torch.compile(lambda x: (x @ x).relu() @ x)
     x = torch.ones(100, 100)
     with torch.compiler.set_stance(stance):
@@ -223,33 +225,65 @@ def test_the_memory_bench_sees_what_each_cache_holds(stance):
 
 
 def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
-    """A process for each batch and context; the line through their peaks goes on to --memory."""
+    """A process for each batch and context; the lines through their peaks go on to --fits."""
     out, asked = tmp_path / "rows.jsonl", []
 
     def measured(command, **_):
         one = command[command.index("--one") :]
-        batch, context = (int(one[one.index(name) + 1]) for name in ("--batches", "--contexts"))
-        asked.append((batch, context))
+        layers, batch, context = (int(one[one.index(name) + 1]) for name in ("--layers", "--batches", "--contexts"))
+        asked.append((layers, batch, context))
         if context == 256:
             return SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nno room")
-        peak = 1_000_000 * batch * context
-        found = {"weights": 1, "prefill_peak": peak, "prefilled": peak - 2, "decode_peak": peak - 1, "host": 1}
-        return SimpleNamespace(returncode=0, stdout=f"\n{json.dumps(found)}\n", stderr="")
+        peak = 5 + 1_000_000 * layers * batch * context
+        found = {"weights": 5, "prefill_peak": peak, "prefilled": peak - 2, "decode_peak": peak - 1, "store": 0}
+        return SimpleNamespace(returncode=0, stdout=f"\n{json.dumps(found | {'host': 1})}\n", stderr="")
 
     monkeypatch.setattr(subprocess, "run", measured)
-    command = ["--contexts", "256", "512", "1024", "--batches", "2", "1", "--contenders", "full", "--memory", "8.192"]
-    memory.main([*command, *CPU, "--out", str(out)])
-    assert asked == [(batch, context) for batch in (1, 2) for context in (256, 512, 1024)]
-    rows = rows_of(out)
+    command = ["--contexts", "256", "512", "1024", "--batches", "2", "1", "--contenders", "full", *CPU]
+    memory.main([*command, "--fits", "20.5GB", "--out", str(out)])
+    assert asked == [(2, batch, context) for batch in (1, 2) for context in (256, 512, 1024)]
+    *rows, fits = rows_of(out)
     assert [(row["batch"], row["context"]) for row in rows] == [(1, 512), (1, 1024), (2, 512), (2, 1024)]
-    assert rows[0]["peak"] == 512_000_000
+    assert rows[0]["peak"] == 2 * 512_000_000 + 5
+    assert (fits["fits"], fits["at_context"], fits["largest_context"]) == (20_500_000_000, 1024, 10_249)
+    assert fits["largest_batch"] == 10
     said = capsys.readouterr().out
     for text in (
         " 256             full failed: no room",
-        "at batch 1, a context of 8,192 fits into 8.192 GB",
-        "at context 1024, a batch of 8 fits",
+        "at batch 1, a context of 10,249; at context 1024, a batch of 10",
     ):
         assert text in said
+    # Few layers and a small vocabulary stand for all of the shape's.
+    asked.clear()
+    shape = ["--shape", "qwen2.5-vl-3b", "--layers", "4", "--vocab-size", "64", "--at", "2048"]
+    memory.main([*command, *shape, "--fits", "100GB", "400GB"])
+    assert {layers for layers, *_ in asked} == {2, 4}
+    said = capsys.readouterr().out
+    weights = estimate.weight_bytes(common.shape_config(36, 1, 2, 16, 32, 32, 151936, True), torch.float32)
+    for room in (100, 400):
+        longest, batch = (int((room * 1e9 - weights) / (36e6 * n)) for n in (1, 2048))
+        assert f"in {room} GB: at batch 1, a context of {longest:,}; at context 2048, a batch of {batch:,}" in said
+
+
+def test_what_fits_is_told_from_peaks_that_do_not_hang_together():
+    """Each stage on lines of its own: the highest at the size asked about need not be the highest measured."""
+
+    def row(layers: int, batch: int, context: int) -> dict:
+        cache, moment = 10 * layers * batch * context, 1000 * context + 7
+        stages = {"prefilled": cache, "prefill_peak": cache + moment, "decode_peak": cache + 50_000 * batch}
+        return {"layers": layers, "batch": batch, "context": context, "bytes": {"weights": 3} | stages}
+
+    rows = [row(*each) for each in itertools.product((1, 2), (1, 2), (10, 20))]
+    for each in rows:
+        each["bytes"] = {name: n + 3 * (name != "weights") for name, n in each["bytes"].items()}
+    (found,) = fits.fitting(rows, [10_000_000], 28, 500, context=100)
+    assert found["made_of"] == {"weights": 500, "caches": 28_000, "moment": 100_007, "with_layers": 0}
+    # 500 + 280 context + the larger of 1000 context + 7 and 50,000; then 500 + 28,000 batch + that of 100,007.
+    assert found["largest_context"] == (10_000_000 - 507) // 1280
+    assert found["largest_batch"] == min((10_000_000 - 100_507) // 28_000, (10_000_000 - 500) // 78_000)
+    (alone,) = fits.fitting(rows[:1], [10_000_000], 1, 500)
+    assert "largest_batch" not in alone and "not known" in fits.described(alone)
+    assert fits.fitting([], [10_000_000], 1, 500) == []
 
 
 @pytest.mark.slow
