@@ -95,8 +95,7 @@ class Contender:
 
     def empty(self, share: float) -> None:
         """Takes the chunks out of a share of the frames."""
-        if self.host:
-            held = self.cache.store.held
+        for held in (pool.held for pool in self.cache.pools) if self.host else ():
             held.masked_fill_(torch.rand(held.shape, device=held.device) < share, -1)
 
     def warm_up(self) -> "Contender":

@@ -12,6 +12,7 @@ from torch._dynamo.utils import compilation_time_metrics
 from bench.kernels import compiler_output
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.pack import lane_tokens
+from hybridkv.cache.pool import Pool
 from hybridkv.model import Prompt
 from hybridkv.planning.head_profile import HeadProfile
 
@@ -126,10 +127,10 @@ def tolerance(q: Tensor, k: Tensor, v: Tensor) -> float:
     return relative * float(v.double().abs().max()) + 1e-12
 
 
-def at(cache: HybridCache, layer: int) -> tuple[Tensor, Tensor | None]:
-    """A layer's number, and that among the layers that retrieve."""
-    each = cache[layer]
-    return each.layer, each.nth if each.retrieves else None
+def at(cache: HybridCache, layer: int) -> tuple[Tensor, Tensor | None, Pool]:
+    """A layer's number, that among the layers that retrieve, and its pool."""
+    each = cache.layers[layer]
+    return each.layer, each.nth if each.retrieves else None, each.pool
 
 
 def row_of(cache: HybridCache, layer: int, lane: int) -> tuple[int, int] | None:
@@ -153,7 +154,8 @@ def chunks_of(cache: HybridCache, layer: int, lane: int) -> list[int]:
 def store_page(cache: HybridCache, at: tuple[int, int], chunk: int) -> int:
     """Where a chunk of a row lies, counted behind the pool's pages if that is in host memory."""
     if not cache.capacity.host:
-        return int(cache.first[at]) + chunk
+        pool = cache.layers[int(cache.retrieving[at[0]])].pool
+        return int(pool.pages_of(cache.first[at])) + chunk
     first, own, n_shared = cache.runs[at].tolist()
     return cache.capacity.n_pages + (first if chunk < n_shared else own) + chunk
 
@@ -190,7 +192,7 @@ def pages_read(cache: HybridCache, layer: int, q: Tensor) -> list[set[int]]:
     for lane in range(len(q)):
         if cache.capacity.host:
             chunks = chunks_of(cache, layer, lane)
-            held = [chunks[cache.store.held[frame]] for frame in frames_of(cache, layer, lane)]
+            held = [chunks[cache.layers[layer].pool.held[frame]] for frame in frames_of(cache, layer, lane)]
             assert len(set(held)) == len(held)  # no chunk twice
             read.append({*held, *fixed_of(cache, layer, lane), tail_of(cache, layer, lane)})
         else:

@@ -226,7 +226,7 @@ def listed_bytes(cache: HybridCache) -> int:
     """What the next step reads, counted from its tables and the tensors they point into."""
     host = cache.capacity.host
     pages = int((cache.n_full + (cache.fill > 0)).sum() + cache.n_retrieve.sum() * (not host))  # a tail is read whole
-    read = pages * (cache.keys.nbytes + cache.values.nbytes) // cache.capacity.n_pages
+    read = pages * cache.costs.page
     dynamic = int((cache.row > 0).sum())
     entries = len(LANE_TABLES) * cache.tail.numel() + (len(ROW_TABLES) + 2 * host) * dynamic  # with the second run
     entries += int(cache.n_retrieve.sum()) * host  # what the frames hold

@@ -94,7 +94,7 @@ def test_a_step_neither_waits_nor_allocates(model, store):
     """No synchronisation, and no memory of the size of the pool, in a replayed step."""
     engine = Engine(model, HybridConfig(budget=0.3, store=store))
     engine.generate([prompt(4000, 0)], 12)
-    pool = engine.cache.keys.nbytes
+    pool = engine.cache.pools[0].keys.nbytes
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -147,6 +147,7 @@ def test_a_captured_graph_reads_the_store(model):
     engine = Engine(model, HOST)
     engine.generate([prompt(4000, 0)], 40)
     cache, store = engine.cache, engine.cache.store
+    (frame_pool,) = cache.pools
     assert int(cache.fetched.sum()) > 0
     torch.cuda.synchronize()
     frames = 0
@@ -156,8 +157,8 @@ def test_a_captured_graph_reads_the_store(model):
                 continue
             start = int(cache.start[layer, lane])
             for frame in range(start, start + int(cache.n_retrieve[nth, row])):
-                page = int(cache.first[nth, row]) + int(store.held[frame])
-                for pool, host in ((cache.keys, store.keys), (cache.values, store.values)):
+                page = int(cache.first[nth, row]) + int(frame_pool.held[frame])
+                for pool, host in ((frame_pool.keys, store.keys), (frame_pool.values, store.values)):
                     here, there = (t[0, 0].view(-1, cache.page_size, t.shape[-1]) for t in (pool, host))
                     assert torch.equal(here[frame], there[page] + 0)
                 frames += 1
@@ -181,7 +182,7 @@ def test_bytes_promised_are_bytes_allocated(model):
 def test_host_memory_is_locked_and_given_back():
     """As many bytes as there are, and another store may lock its own afterwards."""
     for _ in range(3):
-        store = HostStore(3000, 8, 16, torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16), 1.0)
+        store = HostStore(3000, 16, torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16), 1.0)
         slots = torch.tensor([16 * 2999 + 15], device="cuda")
         k, v = torch.randn(2, 1, 64, device="cuda", dtype=torch.bfloat16)
         store.append(k, v, slots)

@@ -110,7 +110,8 @@ def test_what_static_heads_are_said_to_keep_lies_in_their_pages(chain):
         kind, tokens = run["kinds"][layer][head], run["kept"][layer][head]
         assert kind == ("dynamic" if plan.dynamic[layer, head] else "static")
         pages = fixed_of(cache, layer, head)
-        stored = cache.keys.view(-1, cache.page_size, cache.keys.shape[-1])
+        keys = cache.pools[0].keys
+        stored = keys.view(-1, cache.page_size, keys.shape[-1])
         if kind == "static":
             tokens, pages = members(tokens), pages[: int(plan.n_read[layer, head])]
         else:
@@ -268,7 +269,7 @@ def test_a_store_in_host_memory_is_recorded_and_shown(tiny):
     assert record.retrieved[-1]
     for (layer, head), chosen in record.retrieved[-1].items():
         frames = int(cache.start[layer, head]) + torch.arange(len(chosen))
-        assert cache.store.held[frames].sort().values.tolist() == chosen.tolist()  # what is in the lane's frames now
+        assert cache.pools[0].held[frames].sort().values.tolist() == chosen.tolist()  # what is in the lane's frames now
     html = host.report(tiny[1], asked, [1, 2, 3])
     assert "in host memory: " in html and "in host memory: " not in device.report(tiny[1], asked, [1, 2, 3])
 

@@ -73,9 +73,9 @@ def poison(cache: HybridCache) -> None:
 
     (The unwritten slots of a tail page are read under a mask, and the null page where a list has ended.)
     """
-    size, store = cache.page_size, cache.store
+    size, store, (frames,) = cache.page_size, cache.store, cache.pools
     tails = (cache.tail.flatten().long()[:, None] * size + torch.arange(size)).flatten()
-    for tensor in (cache.keys, cache.values):
+    for tensor in (frames.keys, frames.values):
         tensor.index_copy_(2, tails, tensor[:, :, tails].nan_to_num())
     pool, chunks = {0, *cache.tail.flatten().tolist()}, set()
     for layer in range(cache.row.shape[0]):
@@ -86,7 +86,7 @@ def poison(cache: HybridCache) -> None:
             if at := row_of(cache, layer, lane):
                 chunks.add(store_page(cache, at, int(cache.n_chunks[at])) - cache.capacity.n_pages)
     for tensors, pages, used in (
-        ((cache.keys, cache.values), cache.capacity.n_pages, pool),
+        ((frames.keys, frames.values), cache.capacity.n_pages, pool),
         ((store.keys, store.values), cache.capacity.n_store, chunks),
     ):
         unused = torch.tensor([page for page in range(pages) if page not in used], dtype=torch.int64)
@@ -118,20 +118,22 @@ def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_
     cache, places = bench.cache, [(i, lane) for i in range(2) for lane in range(len(masks) * heads)]
     few = any(0 < len(frames_of(cache, *p)) < len(chunks_of(cache, *p)) for p in places)
     poison(cache)
+    (frame_pool,) = cache.pools
+    held = frame_pool.held
     for _ in range(steps):
-        before = cache.store.held.clone()
+        before = held.clone()
         counted = cache.fetched.clone()
         for out, exact, bound in bench.step(group):
             assert ((out.double() - exact).abs().amax((1, 2)) <= bound).all()
         for layer, lane in places:
             for frame in (frames := frames_of(cache, layer, lane)):
-                page = int(cache.first[row_of(cache, layer, lane)]) + int(cache.store.held[frame])
-                for pool, store in ((cache.keys, cache.store.keys), (cache.values, cache.store.values)):
+                page = int(cache.first[row_of(cache, layer, lane)]) + int(held[frame])
+                for pool, store in ((frame_pool.keys, cache.store.keys), (frame_pool.values, cache.store.values)):
                     here, there = (t[0, 0].view(-1, page_size, dim) for t in (pool, store))
                     assert torch.equal(here[frame], there[page])
             if frames:
                 at = row_of(cache, layer, lane)
-                new = int((cache.store.held[frames] != before[frames]).sum())
+                new = int((held[frames] != before[frames]).sum())
                 assert new == int(cache.fetched[at] - counted[at])
         poison(cache)
     event(f"evictions {bool(cache.fetched.any())}, fewer frames than chunks {few}")
@@ -248,12 +250,12 @@ def test_frames_begin_with_what_the_last_query_would_choose():
     cache = HybridCache(Capacity.of([plan], 4), 1, prefill)
     cache.load([prefill], [plan], 4)
     assert not cache.fetched.any()
-    before = cache.store.held.clone()
+    before = cache.pools[0].held.clone()
     assert (before >= 0).sum() == plan.n_retrieve.sum()
     k, v = torch.randn(2, 1, 2, 1, 16)
     for layer in range(2):
         cache[layer](q[layer][None, :, None], k, v)
-    assert torch.equal(cache.store.held, before) and not cache.fetched.any()
+    assert torch.equal(cache.pools[0].held, before) and not cache.fetched.any()
 
 
 @pytest.mark.parametrize("store", ["device", "host"])
@@ -272,7 +274,7 @@ def test_chunks_follow_from_the_context_alone(store):
         first, summary = int(cache.first[0, 0]), cache.summary
         settled = slice(first, first + plan.settled_chunks)
         assert plan.lane_chunks - plan.settled_chunks in (0, 1)
-        keys = (cache.store if store == "host" else cache).keys[0, 0].view(-1, 16, 16)[settled]
+        keys = (cache.store if store == "host" else cache.pools[0]).keys[0, 0].view(-1, 16, 16)[settled]
         found.append((summary.basis[0], summary.step[0], summary.sketch.view(-1, summary.words, 16)[settled], keys))
         assert plan.dynamic.sum() == 1
     for other in found[1:]:
@@ -302,7 +304,7 @@ def test_a_store_that_can_not_be_had_says_so(monkeypatch):
     like = torch.zeros(1, 16)
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(StoreError, match="bytes of host memory") as error:
-        HostStore(100, 10, 16, like, 1.0)
+        HostStore(100, 16, like, 1.0)
     assert one_line(error.value, "lower --max-pixels") == str(error.value)
 
 
@@ -386,7 +388,7 @@ def test_compiled_is_uncompiled(model):
         math.prod(int(n) for n in shape.split(",") if n.strip())
         for shape in re.findall(r"empty_strided\w*\(\(([\d, ]*)\)", text)
     ]
-    assert len(sizes) > 10 and max(sizes) < min(cache.keys.numel(), cache.store.keys.numel())
+    assert len(sizes) > 10 and max(sizes) < min(cache.pools[0].keys.numel(), cache.store.keys.numel())
     assert ".item()" not in text and text.count("while should_loop:") == 1
     with torch.compiler.set_stance("fail_on_recompile"):
         again = engine.generate([prompt(1990, 2), prompt(1480, 3)], 60)

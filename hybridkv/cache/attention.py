@@ -19,7 +19,7 @@ class PoolError(ValueError):
 
 
 def check_pool(numbers: int, device: torch.device) -> None:
-    """Refuses a pool that compiled attention can't read.
+    """Refuses a pool that compiled attention can't read. (Larger caches have several pools; one layer has one.)
 
     Args:
         numbers: of its keys: slots times head_dim.
@@ -30,9 +30,9 @@ def check_pool(numbers: int, device: torch.device) -> None:
     """
     if numbers >= WIDE and device.type == "cuda" and torch.__version__ < "2.13":
         raise PoolError(
-            f"the cache's keys would be {numbers:,} numbers, and compiled attention on a GPU reads fewer than {WIDE:,} "
-            f"with torch {torch.__version__}: use torch 2.13, fewer or shorter prompts, a smaller budget, policy "
-            "'dense', or no compiling"
+            f"the keys of one layer would be {numbers:,} numbers, and compiled attention on a GPU reads fewer than "
+            f"{WIDE:,} with torch {torch.__version__}: use torch 2.13, fewer or shorter prompts, a smaller budget, "
+            "policy 'dense', or no compiling"
         )
 
 

@@ -1,4 +1,4 @@
-"""The cache: one page pool for all layers, lanes and sequences, and the tables that say who reads what.
+"""The cache: a page pool for all layers, lanes and sequences, and the tables that say who reads what.
 
     cache = HybridCache(Capacity.of(plans, new_tokens), len(plans), prefills[0])
     cache.load(prefills, plans, new_tokens)
@@ -22,6 +22,7 @@ from hybridkv.cache.capacity import Capacity, Costs
 from hybridkv.cache.cost import CacheBytes, count_bytes
 from hybridkv.cache.exact import ExactKeys
 from hybridkv.cache.pack import Kept, Placement, chunk_keys, keep, layer_slots, place
+from hybridkv.cache.pool import Pool
 from hybridkv.cache.recording import Recording
 from hybridkv.cache.retrieve import best_chunks, chunk_pages, page_of, select
 from hybridkv.cache.sketch import KeySketch
@@ -47,18 +48,19 @@ class CacheLayer(nn.Module):
 
     Args:
         nth: number of the layer among those that retrieve; None if it does not.
+        pool: which it lies in. A module of its own: one taken out of a list would be one more thing to trace anew.
     """
 
-    def __init__(self, cache: "HybridCache", layer: int, nth: int | None, device: torch.device):
+    def __init__(self, cache: "HybridCache", layer: int, nth: int | None, pool: Pool, device: torch.device):
         super().__init__()
         self.cache = weakref.ref(cache)  # which owns this layer: a cycle would keep a dropped cache's memory
-        self.retrieves = nth is not None
+        self.retrieves, self.pool = nth is not None, pool
         self.register_buffer("layer", torch.tensor(layer, device=device), persistent=False)
         self.register_buffer("nth", torch.tensor(nth or 0, device=device), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `HybridCache.attend`."""
-        return self.cache().attend(self.layer, self.nth if self.retrieves else None, q, k, v)
+        return self.cache().attend(self.layer, self.nth if self.retrieves else None, self.pool, q, k, v)
 
 
 class HybridCache(nn.Module):
@@ -84,9 +86,6 @@ class HybridCache(nn.Module):
         def buffer(name: str, *shape: int, dtype: torch.dtype = torch.int32) -> None:
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=key.device), persistent=False)
 
-        slots = capacity.n_pages * self.page_size
-        buffer("keys", 1, 1, slots, dim, dtype=key.dtype)
-        buffer("values", 1, 1, slots, dim, dtype=key.dtype)
         for name in LANE_TABLES:
             buffer(name, *lanes)
         for name in ROW_TABLES[1:]:
@@ -96,12 +95,16 @@ class HybridCache(nn.Module):
             "retrieving", torch.tensor(retrieving, dtype=torch.int64, device=key.device), persistent=False
         )
         nth = {layer: n for n, layer in enumerate(retrieving)}
-        self.layers = nn.ModuleList(CacheLayer(self, layer, nth.get(layer), key.device) for layer in range(layers))
+        self.pools = nn.ModuleList(Pool(capacity, self.page_size, key) for _ in range(capacity.pools))
+        self.layers = nn.ModuleList(
+            CacheLayer(self, layer, nth.get(layer), self.pools[capacity.pool[layer]], key.device)
+            for layer in range(layers)
+        )
         summary = {"sketch": KeySketch, "bound": KeyBounds, "exact": ExactKeys}[config.retrieval]
         self.summary = summary(capacity.n_store, len(retrieving) * capacity.rows, dim, config, key)
         self.store: DeviceStore | HostStore = DeviceStore()
         if capacity.host:
-            self.store = HostStore(capacity.n_store, capacity.n_pages, self.page_size, key, config.stickiness)
+            self.store = HostStore(capacity.n_store, self.page_size, key, config.stickiness)
         self.recording = Recording((*rows, capacity.retrieve), key.device) if record else None
         self._plans: list[Plan] = []
         self._placement: Placement | None = None
@@ -114,12 +117,13 @@ class HybridCache(nn.Module):
     def __getitem__(self, layer: int) -> "CacheLayer":
         return self.layers[layer]
 
-    def attend(self, layer: Tensor, nth: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: Tensor, nth: Tensor | None, pool: Pool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer's attention in a decoding step: appends one token, then reads the pages that the plan lists.
 
         Args:
             layer: () int64, a tensor so that all layers compile to the same graph.
             nth: () int64, its number among those that retrieve; None if it does not.
+            pool: which it lies in.
             q: (B, Hq, 1, D). k, v: (B, H, 1, D). Positions already applied to q and k.
 
         Returns:
@@ -128,12 +132,11 @@ class HybridCache(nn.Module):
         q = rearrange(q, "b (h g) 1 d -> (b h) 1 g d", h=self.heads)
         k, v = (rearrange(t, "b h 1 d -> (b h) d") for t in (k, v))
         slots = (of(layer, self.tail) * self.page_size + of(layer, self.fill)).long()  # (L,)
-        self.keys.index_copy_(2, slots, k[None, None])
-        self.values.index_copy_(2, slots, v[None, None])
+        pool.write(k, v, slots)
         if nth is not None:
             self._append(layer, nth, k, v)
-        pages, n_pages = self._to_read(layer, nth, q[:, 0])
-        out = attend_pages(q, self.keys, self.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
+        pages, n_pages = self._to_read(layer, nth, pool, q[:, 0])
+        out = attend_pages(q, pool.keys, pool.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
         return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=self.batch)
 
     def _rows(self, nth: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ class HybridCache(nn.Module):
         """Lane of each of a retrieving layer's rows, (R,); of those that are not used, any."""
         return of(nth, self.lane).clamp(max=self.row.shape[1] - 1)
 
-    def _to_read(self, layer: Tensor, nth: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _to_read(self, layer: Tensor, nth: Tensor | None, pool: Pool, q: Tensor) -> tuple[Tensor, Tensor]:
         """Pages (L, P) that a step reads whole, those retrieved for q (L, G, D) first, and how many (L,) there are."""
         if nth is None:
             return self._run(layer)
@@ -168,18 +171,18 @@ class HybridCache(nn.Module):
         on_host, favour = isinstance(self.store, HostStore), None
         if on_host:
             frames = chunk_pages(of(layer, self.start).index_select(0, mine), k, count)  # (R, F) pages
-            there = self.store.there(frames, k, columns)
+            there = self.store.there(pool, frames, k, columns)
             favour = self.store.favour(there)
         chosen = best_chunks(self.summary, *asking, count, columns, favour)  # (R, F) chunks
         if self.recording is not None:
             self.recording.note(nth, chosen)
         if on_host:
-            copied = self.store.fetch(chosen, k, frames, first, there, self.keys, self.values)
+            copied = self.store.fetch(pool, chosen, k, frames, first, there)
             self.fetched.index_add_(0, nth.view(1), copied[None].int())
             return self._run(layer)
         row = of(layer, self.row)
         other = (row - 1).clamp(min=0)
-        found = page_of(first, chosen).int().index_select(0, other)  # (L, F) pages
+        found = pool.pages_of(page_of(first, chosen)).int().index_select(0, other)  # (L, F) pages
         return self._run(layer, found, torch.where(row > 0, k.index_select(0, other), 0))
 
     def _run(self, layer: Tensor, found: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -258,8 +261,11 @@ class HybridCache(nn.Module):
                 getattr(self, name)[n, : len(lane)] = tables[name][layer, lane].to(self.lane)
             found = torch.stack([tables[name][layer, lane] for name in runs], 1).to(self.lane)  # (rows, 3) or (rows, 1)
             self.runs[n, : len(lane)] = found.view(len(lane), *self.runs.shape[2:])
-        if isinstance(self.store, HostStore):
-            self.store.held.fill_(-1)
+        for layer, each in enumerate(self.layers):
+            if self.capacity.host:
+                each.pool.held.fill_(-1)
+            elif self.capacity.shifted:
+                each.pool.before.fill_(int(self._placement.before[layer].max()))
         if self.recording is not None:
             self.recording.begin(plans)
 
@@ -269,9 +275,9 @@ class HybridCache(nn.Module):
 
         On a GPU all of it is asked for; what dynamic lanes' keys vary by is the only thing waited for (`fit_sketch`).
         """
-        plan, placement, device = self._plans[b], self._placement, self.keys.device
-        slots = layer_slots(placement, plan, layer, b)
-        for where, write in ((slots.pool, self._write), (slots.store, self.store.append)):
+        plan, placement, pool = self._plans[b], self._placement, self.layers[layer].pool
+        slots, device = layer_slots(placement, plan, layer, b), pool.keys.device
+        for where, write in ((slots.pool, pool.write), (slots.store, self.store.append)):
             some = (where >= 0).nonzero()[:, 0]
             if len(some):
                 mine = slice(None) if len(some) == len(where) else some.to(device)
@@ -287,7 +293,7 @@ class HybridCache(nn.Module):
 
     def _numbers(self, layer: int, row: Tensor) -> Tensor:
         """Numbers among the rows of all layers, (N,) on the device, of a layer's rows (N,), counted from 1."""
-        return (sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row.long() - 1).to(self.keys.device)
+        return (sum(self.capacity.retrieving[:layer]) * self.capacity.rows + row.long() - 1).to(self.lane.device)
 
     def _sum_up(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, keys: Tensor, fits: dict | None) -> None:
         """Summaries of the chunks of a layer's dynamic lanes: keys (N, T', D), see `chunk_keys`; rows: (N,).
@@ -311,10 +317,6 @@ class HybridCache(nn.Module):
             of_heads = (mine, pages, rows[some.to(rows.device)])
             self.summary.pack(*of_heads, full - skipped, fitted, fits, dynamic[some].tolist())
 
-    def _write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        self.keys.index_copy_(2, slots, k[None, None])
-        self.values.index_copy_(2, slots, v[None, None])
-
     def _fill_frames(self, b: int, layer: int, dynamic: Tensor, rows: Tensor, q: Tensor | None) -> None:
         """Frames begin with what the question's last query, (Hq, D), would choose, or with the first chunks."""
         plan, placement = self._plans[b], self._placement
@@ -329,8 +331,9 @@ class HybridCache(nn.Module):
             pages = chunk_pages(first, n_chunks, columns)
             chosen = select(self.summary.scores(asking, pages, n_chunks, rows), k, count)
         frames = chunk_pages(start, k, count)
-        there = self.store.there(frames, k, columns)
-        self.store.fetch(chosen, k, frames, first, there, self.keys, self.values)
+        pool = self.layers[layer].pool
+        there = self.store.there(pool, frames, k, columns)
+        self.store.fetch(pool, chosen, k, frames, first, there)
 
     def new_chunks(self, steps: int) -> float | None:
         """Share of the chunks read in so many steps that had to be fetched; None if all are on the device."""

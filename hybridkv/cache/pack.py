@@ -14,6 +14,8 @@ from hybridkv.planning.prefill import Prefill
 class Placement:
     """Where the prompts of a batch lie: one run of pages for each lane. Tables are (layers, B, H) int32 on the CPU.
 
+    Pages of the pool are numbers in the one that the layer lies in.
+
     Attributes:
         first: a dynamic lane's first page in the store, where its chunks lie, then its tail pages.
         own, n_shared: of a lane that shares its first `n_shared` chunks, these lie where `first` says, in another's
@@ -23,6 +25,7 @@ class Placement:
         tail: page that new tokens fill; it lies behind those that are read whole.
         ring, end: when page `end` would be the next tail, it is page `ring`.
         row: number of a dynamic lane among its layer's, from 1; 0 for the others.
+        before: what a page of the store has to be lowered by to be a page of the pool; 0 if the store is on the host.
     """
 
     first: Tensor
@@ -34,6 +37,12 @@ class Placement:
     ring: Tensor
     end: Tensor
     row: Tensor
+    before: Tensor
+
+
+def runs(pages: Tensor) -> Tensor:
+    """Where each lane's pages begin, (layers, B, H), one lane's behind those of the one before."""
+    return pages.flatten().cumsum(0).view_as(pages) - pages
 
 
 def place(plans: list[Plan], capacity: Capacity, new_tokens: int) -> Placement:
@@ -49,20 +58,26 @@ def place(plans: list[Plan], capacity: Capacity, new_tokens: int) -> Placement:
         for name in ("dynamic", "n_chunks", "n_fixed", "fill", "n_retrieve", "shares", "n_shared")
     )  # each (layers, B, H)
 
-    def runs(first: int, pages: Tensor) -> Tensor:
-        return first + pages.flatten().cumsum(0).view_as(pages) - pages
-
-    run, start = runs(1, stored) * dynamic, runs(1 if host else capacity.n_store, kept)
+    run, start, before = (torch.zeros_like(stored) for _ in range(3))
+    in_stores = 0  # of the pools before this one
+    for pool in range(capacity.pools):
+        mine = torch.tensor([other == pool for other in capacity.pool])
+        its = int(stored[mine].sum())
+        run[mine] = 1 + in_stores + runs(stored[mine])
+        start[mine] = 1 + its * (not host) + runs(kept[mine])
+        before[mine] = in_stores * (not host)
+        in_stores += its
+    run = run * dynamic
     own, end_of_run = run - n_shared, run + stored
     first = torch.where(n_shared > 0, run.gather(1, shares.clamp(min=0)), run)
     n_full = n_fixed + n_retrieve * host
     in_store = dynamic & (not host)
-    tail = torch.where(in_store, own + n_chunks, start + n_full)
+    tail = torch.where(in_store, own + n_chunks - before, start + n_full)
     # A page that holds tokens of the prompt is not written over, but for what lies in the store, too.
     ring = torch.where(dynamic, tail, tail + (fill > 0))
-    end = torch.where(in_store, end_of_run, start + kept)
+    end = torch.where(in_store, end_of_run - before, start + kept)
     row = dynamic.flatten(1).cumsum(1).view_as(dynamic) * dynamic
-    return Placement(*(table.int() for table in (first, own, n_shared, start, n_full, tail, ring, end, row)))
+    return Placement(*(table.int() for table in (first, own, n_shared, start, n_full, tail, ring, end, row, before)))
 
 
 @dataclass(frozen=True)
@@ -81,9 +96,11 @@ def layer_slots(placement: Placement, plan: Plan, layer: int, b: int) -> Slots:
     size, pool, store = plan.page_size, [], []
     offset = torch.arange(size)
     counts = (plan.n_chunks, plan.n_fixed, plan.fill, placement.n_full[:, b], placement.own[:, b])
-    counts = (*counts, placement.n_shared[:, b], placement.start[:, b], placement.tail[:, b])
-    for c, f, fill, n_full, own, n_shared, start, tail in zip(*(t[layer].tolist() for t in counts), strict=True):
-        chunks = own * size + torch.arange(c * size)
+    counts = (*counts, *(getattr(placement, name)[:, b] for name in ("n_shared", "start", "tail", "before")))
+    for c, f, fill, n_full, own, n_shared, start, tail, before in zip(
+        *(t[layer].tolist() for t in counts), strict=True
+    ):
+        chunks = (own - before) * size + torch.arange(c * size)
         chunks[: n_shared * size] = -1
         fixed = (start + n_full - f) * size + torch.arange(f * size)
         last = tail * size + offset[:fill]

@@ -14,6 +14,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from hybridkv.cache.pool import Pool
 from hybridkv.cache.retrieve import page_of
 
 PAGE = 4096  # what memory is locked by
@@ -68,65 +69,63 @@ class DeviceStore(nn.Module):
 
 
 class HostStore(nn.Module):
-    """Chunks in host memory, as the device sees it, and the table of what the frames in the pool hold.
+    """Chunks in host memory, as the device sees it. What the frames in a pool hold is the pool's `held`.
+
+    However large it is: kernels that the compiler writes count in 64 bits where a tensor asks for it.
 
     Args:
-        pages: of the store. pool_pages: of the pool.
+        pages: of the store.
         like: a tensor with the dtype and device of the keys.
         stickiness: see `HybridConfig`.
     """
 
-    def __init__(self, pages: int, pool_pages: int, page_size: int, like: Tensor, stickiness: float):
+    def __init__(self, pages: int, page_size: int, like: Tensor, stickiness: float):
         super().__init__()
         self.page_size, self.stickiness = page_size, stickiness
         for name in ("keys", "values"):
             shape = (1, 1, pages * page_size, like.shape[-1])
             self.register_buffer(name, host_tensor(shape, like.dtype, like.device, owner=self), persistent=False)
-        held = torch.full((pool_pages,), -1, dtype=torch.int32, device=like.device)
-        self.register_buffer("held", held, persistent=False)
 
     def append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Writes keys and values (N, D) to slots (N,) of the store."""
         self.keys.index_copy_(2, slots, k[None, None])
         self.values.index_copy_(2, slots, v[None, None])
 
-    def there(self, frames: Tensor, k: Tensor, columns: int) -> Tensor:
+    def there(self, pool: Pool, frames: Tensor, k: Tensor, columns: int) -> Tensor:
         """Which chunks are in frames: frames (R, F) pages of the pool, the first k (R,) of a row -> (R, columns)."""
-        held = self.held[frames]
+        held = pool.held[frames]
         return marked(held, entries(held, k) & (held >= 0), columns)
 
     def favour(self, there: Tensor) -> Tensor | None:
         """What the mass of each chunk is multiplied by before the best are chosen, (R, C); None for nothing."""
         return None if self.stickiness == 1 else 1 + there * (self.stickiness - 1)
 
-    def fetch(
-        self, chosen: Tensor, k: Tensor, frames: Tensor, first: Tensor, there: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
+    def fetch(self, pool: Pool, chosen: Tensor, k: Tensor, frames: Tensor, first: Tensor, there: Tensor) -> Tensor:
         """Brings the chosen chunks into frames, and copies only those that are not in one yet.
 
         Args:
+            pool: with the frames.
             chosen: (R, F) chunks of each lane. frames: (R, F) pages of the pool. The first k (R,) of a row are meant.
             first: (R, 3) where each lane's chunks lie in the store, see `page_of`.
             there: as `there` says.
-            keys, values: the pool, (1, 1, slots, D).
 
         Returns:
             (R,) how many were copied.
         """
-        held, fresh = exchange(self.held[frames], chosen, k, there)
+        held, fresh = exchange(pool.held[frames], chosen, k, there)
         offset = torch.arange(self.page_size, device=frames.device)
 
         def slots(pages: Tensor) -> Tensor:  # of the null page where nothing is copied
             return (torch.where(fresh, pages, 0)[..., None] * self.page_size + offset).flatten().long()
 
         source, target = slots(page_of(first, held)), slots(frames)
-        read = fresh[..., None].expand(-1, -1, self.page_size).reshape(-1, 1).expand(-1, keys.shape[-1])
-        for store, pool in ((self.keys, keys), (self.values, values)):
+        read = fresh[..., None].expand(-1, -1, self.page_size).reshape(-1, 1).expand(-1, pool.keys.shape[-1])
+        for store, frame in ((self.keys, pool.keys), (self.values, pool.values)):
             # A load under a mask: frames that stay cost nothing on the way from the host.
             got = torch.ops.aten._unsafe_masked_index(store[0, 0], read, [source], 0.0)
-            pool.index_copy_(2, target, got[None, None])
+            frame.index_copy_(2, target, got[None, None])
         changed = torch.where(fresh, frames, 0).flatten()  # the null page holds whatever
-        self.held.index_copy_(0, changed, held.flatten().to(self.held))
+        pool.held.index_copy_(0, changed, held.flatten().to(pool.held))
         return fresh.sum(1)
 
     def extra_repr(self) -> str:

@@ -37,7 +37,7 @@ class Run:
         if not engine.record or recording is None:
             raise ValueError("nothing was written down: make the engine with record=True, and generate first")
         policy = engine.policy if isinstance(engine.policy, str) else getattr(engine.policy, "__name__", "own policy")
-        keys = engine.cache.keys
+        keys = engine.cache.pools[0].keys
         return cls(
             policy,
             engine.config,

@@ -32,7 +32,7 @@ class Plan:
 
     Attributes:
         prunable: (T,) bool, the tokens that may be pruned or moved.
-        page_size: tokens in a page.
+        page_size: tokens in a page. head_dim: numbers of a key.
         dynamic: lanes that retrieve chunks.
         retrieving: (layers,) int64, how many lanes of each layer may be dynamic, whatever the prompt: the graph has
             room for so many. Where it is 0 it has no retrieval.
@@ -48,6 +48,7 @@ class Plan:
 
     prunable: Tensor
     page_size: int
+    head_dim: int
     dynamic: Tensor
     retrieving: Tensor
     n_read: Tensor
@@ -201,6 +202,7 @@ def full_plan(prefill: Prefill) -> Plan:
     plan = Plan(
         prunable,
         config.page_size,
+        prefill.like.shape[-1],
         dynamic,
         retrieving=dynamic.sum(1),
         n_read=dynamic.long(),
@@ -281,7 +283,8 @@ def budgeted_plan(
     weight = torch.ones(cap.shape) if weight is None else weight
     least, allowed = spend(floor), int(config.budget * full)
     page = costs.page + everything.host * costs.entry
-    charged = Capacity.of([least], None).n_pages - 1 if everything.host else int(floor.sum())
+    sizes = Capacity.of([least], None)
+    charged = sizes.pools * sizes.n_pages - 1 if everything.host else int(floor.sum())
     total = rounded(charged + (allowed - least.budget_bytes(costs)) // page)
     while total > int(floor.sum()):
         plan = spend(allocate(total, dynamic, weight, floor, cap, config.dynamic_weight))
@@ -319,6 +322,7 @@ def check_plan(plan: Plan, prefill: Prefill) -> None:
 
     check(plan.page_size == config.page_size, f"page_size is {plan.page_size}, the configuration's {config.page_size}")
     check(torch.equal(plan.prunable, everything.prunable), "prunable is not the prompt's")
+    check(plan.head_dim == everything.head_dim, f"head_dim is {plan.head_dim}, the model's {everything.head_dim}")
     check(plan.host == everything.host, "host is not what config.store says: start from full_plan(prefill)")
     for name, kind in (("dynamic", torch.bool), ("n_read", torch.int64)):
         table = getattr(plan, name)
