@@ -335,7 +335,7 @@ def test_half_precision(dtype):
     _, expected = run(model, its.inputs, hf.DynamicCache(config=model.config), new=2)
     kv = HybridKVCache(model, its.inputs, budget=1.0, max_new_tokens=2)
     _, logits = run(model, its.inputs, kv, new=2)
-    assert kv._store.keys.dtype == dtype
+    assert kv._store.pools[0].keys.dtype == dtype
     assert (logits - expected).abs().max() < 32 * torch.finfo(dtype).eps * expected.abs().max()
 
 

@@ -38,7 +38,7 @@ class Watched(HybridCache):
 
     steps: list[dict]
 
-    def attend(self, layer, nth, q, k, v):
+    def attend(self, layer, nth, pool, q, k, v):
         if nth is not None:
             if int(nth) == 0:
                 self.steps.append({})
@@ -46,11 +46,11 @@ class Watched(HybridCache):
             for head in range(self.heads):
                 if pages := chunks_of(self, int(layer), head):
                     self.steps[-1][int(layer), head] = self.mass(q[0, head * group : (head + 1) * group, 0], pages)
-        return super().attend(layer, nth, q, k, v)
+        return super().attend(layer, nth, pool, q, k, v)
 
     def mass(self, q, pages: list[int]):
         """Attention on each chunk, mean over the group: q (G, D) -> (C,)."""
-        keys = self.keys.view(-1, self.page_size, q.shape[-1])[pages]  # (C, S, D)
+        keys = self.pools[0].keys.view(-1, self.page_size, q.shape[-1])[pages]  # (C, S, D)
         score = torch.einsum("gd,csd->gcs", q.double(), keys.double()) * q.shape[-1] ** -0.5
         return score.flatten(1).softmax(1).view_as(score).sum(2).mean(0)
 
