@@ -11,7 +11,8 @@ Importing this module registers the name `hybridkv` with transformers, and does 
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from hybridkv.config import HybridConfig
 from hybridkv.decode import CPU_OPTIONS
 from hybridkv.engine import Engine, Stats
 from hybridkv.hf_calibrate import calibrate
-from hybridkv.hf_inputs import announced
 from hybridkv.hf_prefill import BatchPrefill
+from hybridkv.hf_prompt import announced, check_owner, watch
 from hybridkv.hf_serving import RoutedCache, check_model, layer_kinds, scaled
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import Plan
@@ -154,6 +155,11 @@ class HybridKVCache(RoutedCache):
             raise RuntimeError("this cache holds a prompt already: call cache.reset(inputs) before the next generate")
         self._begin()  # whatever a call that failed has left
 
+    def expect(self, ids: Tensor | None, embeddings: Tensor | None) -> None:
+        if not self._loaded:
+            with self._anew_if_it_fails():
+                self._prefill.expect(ids, embeddings)
+
     def length(self) -> int | Tensor:
         return self._length if self._loaded else self._prefill.seen
 
@@ -201,12 +207,26 @@ class HybridKVCache(RoutedCache):
     def _read(
         self, index: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None
     ) -> Tensor:
-        """One layer of the prompt. It is planned as early as the policy allows, see `Engine.read`."""
-        if index == 0:
-            self._check_owner(module)
-        out, complete = self._prefill.attend(index, module, q, k, v, mask, scaling)
-        if not complete:
-            return out
+        """One layer of the prompt, or of a chunk of it."""
+        with self._anew_if_it_fails():
+            if index == 0:
+                check_owner(self._model(), module)
+            out, complete = self._prefill.attend(index, module, q, k, v, mask, scaling)
+            if complete:
+                self._keep(index)
+        return out
+
+    @contextmanager
+    def _anew_if_it_fails(self) -> Iterator[None]:
+        """A prompt that could not be read leaves nothing behind. (transformers 5.17 and later say when one begins.)"""
+        try:
+            yield
+        except Exception:
+            self._begin()
+            raise
+
+    def _keep(self, index: int) -> None:
+        """Packs what was read. It is planned as early as the policy allows, see `Engine.read`."""
         prefills = self._prefill.prefills
         if index == 0:
             outlines = [prefill.outline(self.n_layers, prefills[0].like) for prefill in prefills]
@@ -223,12 +243,6 @@ class HybridKVCache(RoutedCache):
                 for layer in range(self.n_layers):
                     self._pack(layer)
             self._loaded, self._prefill = True, None
-        return out
-
-    def _check_owner(self, module: nn.Module) -> None:
-        model = self._model()
-        if model is None or all(module is not own for own in model.modules()):
-            raise ValueError("the cache was made for another model: make one for this")
 
     def _make_room(self, plans: list[Plan], like: Prefill) -> None:
         """Reserves a store for these plans: the one that is there, or a new one if that can't hold them."""
@@ -252,23 +266,6 @@ class HybridKVCache(RoutedCache):
     def _pack(self, layer: int) -> None:
         for b, (plan, prefill) in enumerate(zip(self._plans, self._prefill.prefills, strict=True)):
             self._store.pack(b, layer, keep(plan, prefill, layer))
-
-
-def watch(model: nn.Module) -> None:
-    """Lets caches see what the model is about to read; it changes nothing, and stays in the model.
-
-    The hook finds its cache in the call, so that one does for all caches, at once and one after the other.
-    """
-    outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
-    if look not in outermost._forward_pre_hooks.values():
-        outermost.register_forward_pre_hook(look, with_kwargs=True)
-
-
-def look(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """A forward pre-hook: what can be refused is, before anything is computed."""
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, HybridKVCache) and not torch.compiler.is_compiling() and not cache._loaded:
-        cache._prefill.expect(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
 
 
 def one_layer(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -31,66 +31,6 @@ class Layout:
     spans: tuple[Span, ...] = ()
 
 
-@dataclass(frozen=True)
-class Announced:
-    """What a cache was told that `generate` will read.
-
-    Attributes:
-        layouts: of B sequences, copies included.
-        ids: (B, T) int64, padding included; embeddings: (B, T, about 8), some numbers of each. None where not given.
-        pictures: whether pixels come with them.
-    """
-
-    layouts: list[Layout]
-    ids: Tensor | None
-    embeddings: Tensor | None
-    pictures: bool
-
-    @property
-    def tokens(self) -> int:
-        """T, padding included."""
-        return self.layouts[0].pad + len(self.layouts[0].prunable)
-
-    def check(self, ids: Tensor | None, embeddings: Tensor | None, start: int) -> None:
-        """Compares what a model gets from token `start` on, ids (B, T') or embeddings (B, T', C).
-
-        Raises:
-            ValueError: it is something else.
-        """
-        for mine, theirs in ((self.ids, ids), (self.embeddings, some_of(embeddings))):
-            if mine is not None and theirs is not None:
-                mine = mine[:, start : start + theirs.shape[1]].to(theirs.device, theirs.dtype)
-                if not torch.equal(mine, theirs):
-                    raise ValueError(
-                        "the model reads another prompt than the cache was made for: make it, or call cache.reset, "
-                        "with what goes to generate"
-                    )
-                return
-        made, read = ("inputs_embeds", "input_ids") if self.ids is None else ("input_ids", "inputs_embeds")
-        raise ValueError(f"the model reads {read}, the cache was made with {made}: give it {read}, too")
-
-
-def announced(
-    model_config, inputs: Mapping | Tensor, config: HybridConfig, prunable: Tensor | None, copies: int
-) -> Announced:
-    """See `layouts`."""
-    found = layouts(model_config, inputs, config, prunable, copies)
-    inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
-    ids, embeddings = inputs.get("input_ids"), some_of(inputs.get("inputs_embeds"))
-    # Copies: who uses the tensors again for the next prompt must not change what was announced.
-    return Announced(
-        found,
-        None if ids is None else ids.repeat_interleave(copies, 0),
-        None if embeddings is None else embeddings.repeat_interleave(copies, 0),
-        has_pictures(inputs),
-    )
-
-
-def some_of(embeddings: Tensor | None) -> Tensor | None:
-    """Enough numbers of each token's embedding (B, T, C) to tell it from another's: (B, T, about 8)."""
-    return None if embeddings is None else embeddings[..., :: max(1, embeddings.shape[-1] // 8)]
-
-
 def layouts(
     model_config, inputs: Mapping | Tensor, config: HybridConfig, prunable: Tensor | None = None, copies: int = 1
 ) -> list[Layout]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hybridkv.config import HybridConfig
-from hybridkv.hf_inputs import Announced
+from hybridkv.hf_prompt import Announced
 from hybridkv.hf_serving import scaled
 from hybridkv.planning.prefill import Prefill, Window
 
@@ -91,8 +91,8 @@ class BatchPrefill:
             )
         if seen > tokens or (seen < tokens and new == 1 and self.last > 1):
             raise ValueError(
-                f"the cache was made for prompts of {tokens} tokens, the model reads {seen} or more, which must be "
-                "other ones: make it, or call cache.reset, with what goes to generate"
+                f"the cache was made for prompts of {tokens} tokens, the model reads {seen} or more. If that is no "
+                "assisted decoding, which is not possible: make it, or call cache.reset, with what goes to generate"
             )
         return seen == tokens
 

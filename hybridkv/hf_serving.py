@@ -200,6 +200,9 @@ class RoutedCache(Cache):
     def mask_sizes(self, query_length: int, index: int) -> tuple[int, int]:
         raise NotImplementedError
 
+    def expect(self, ids: Tensor | None, embeddings: Tensor | None) -> None:
+        """Called with what the model is about to read, ids (B, T) or embeddings (B, T, C)."""
+
     def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
         refuse("beam search")
 

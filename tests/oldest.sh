@@ -8,7 +8,7 @@ oldest=$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" -m venv "$folder"
-grep -v -E '^(transformers|huggingface_hub)==' constraints.txt > "$folder/constraints.txt"
+grep -v -E '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > "$folder/constraints.txt"
 pip="$folder/bin/python -m pip install --quiet --constraint $folder/constraints.txt"
 $pip torch
 $pip "transformers==$oldest.*" '.[test]'
