@@ -2,6 +2,7 @@
 
     python -m hybridkv.estimate Qwen/Qwen2.5-VL-7B-Instruct --tokens 30000 --memory 48GB
     python -m hybridkv.estimate FOLDER --tokens 30000 --batch 8 --budget 0.05 --json
+    python -m hybridkv.estimate demo --tokens 4000
 
 The arithmetic is that of the cache itself: a plan is made for a prompt of so many tokens, and what its tensors would
 take is counted. A quarter of the heads is dynamic, in half of the layers. `device` is held there by weights apart, room
@@ -14,12 +15,14 @@ on top: activations, and one layer's keys and values.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from hybridkv import demos
 from hybridkv.cache.capacity import Capacity
 from hybridkv.cli import Parser, one_line_errors, positive
 from hybridkv.config import HybridConfig
@@ -43,6 +46,7 @@ class Estimate:
     Attributes:
         device_bytes: on the device, room for new tokens included. host_bytes: in host memory.
         step_bytes: read by a decoding step. bus_bytes: fetched from the host by one.
+        everything_kept: against the budget: what every head must keep takes as much as the full cache.
         largest_batch, largest_tokens: what fits into the memory that was asked about, LARGEST_BATCH prompts at most;
             None where none was.
     """
@@ -51,6 +55,7 @@ class Estimate:
     host_bytes: int
     step_bytes: int
     bus_bytes: int
+    everything_kept: bool = False
     largest_batch: int | None = None
     largest_tokens: int | None = None
 
@@ -104,6 +109,7 @@ class Question:
             host_bytes=capacity.host_bytes(self.costs),
             step_bytes=self.batch * plan.step_bytes(self.costs),
             bus_bytes=round(chunks * self.costs.page) if plan.host else 0,
+            everything_kept=plan.no_room,
         )
 
     @property
@@ -157,7 +163,8 @@ def memory(text: str) -> int:
 
 
 def read_config(name: str) -> Config:
-    """`config.json` of a folder, or of a model on the Hub, of which nothing else is downloaded."""
+    """`config.json` of a folder, of `demo`, or of a model on the Hub, of which nothing else is downloaded."""
+    name = str(demos.MODEL) if name == "demo" else name
     if Path(name).expanduser().is_dir():
         return load_config(Path(name).expanduser())
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII):
@@ -176,7 +183,7 @@ def read_config(name: str) -> Config:
 def build_parser() -> Parser:
     parser = Parser("estimate", __doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder with config.json, or a name on the Hugging Face Hub")
+    add("model", metavar="MODEL", help="a folder with config.json, a name on the Hugging Face Hub, or demo")
     add("--tokens", type=positive, required=True, metavar="N", help="tokens of each prompt")
     add("--batch", type=positive, default=1, metavar="B", help="prompts decoded together (default: 1)")
     add("--budget", type=float, default=0.1, metavar="B", help="share of the full cache's bytes (default: 0.1)")
@@ -228,6 +235,13 @@ def run(args: argparse.Namespace) -> None:
         fits = [f"{each.largest_batch}{more}", f"{each.largest_tokens} tokens"] * (args.memory is not None)
         cells.append([name, *sizes, *fits])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if found["ours"].everything_kept:
+        kept = int((~question.outline().prunable).sum())
+        print(
+            f"note: nothing is pruned: the {kept} of {args.tokens} tokens that every head keeps, in pages and with tables, "
+            "take as much as the full cache",
+            file=sys.stderr,
+        )
     print("\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells))
 
 

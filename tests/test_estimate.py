@@ -114,6 +114,22 @@ def test_names(monkeypatch, folder, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_short_prompts_that_are_kept_whole(capsys):
+    """The bundled model, by the name that other commands know it by."""
+    for tokens, whole in ((90, True), (4000, False)):
+        estimate.main(["demo", "--tokens", str(tokens)])
+        out, err = capsys.readouterr()
+        assert "hybridkv 0.1" in out
+        assert (
+            err.startswith("note: nothing is pruned: the 68 of 90 tokens that every head keeps") == whole == bool(err)
+        )
+        estimate.main(["demo", "--tokens", str(tokens), "--json"])
+        out, err = capsys.readouterr()
+        assert json.loads(out)["ours"]["everything_kept"] == whole and not err
+    estimate.main(["demo", "--tokens", "90", "--budget", "1"])  # as asked for
+    assert not capsys.readouterr().err
+
+
 def test_sizes_of_memory():
     assert [memory(text) for text in ("24GB", "1.5 TB", "100", "3kB")] == [24 * 10**9, 1500 * 10**9, 100, 3000]
 
