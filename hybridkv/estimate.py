@@ -238,8 +238,8 @@ def run(args: argparse.Namespace) -> None:
     if found["ours"].everything_kept:
         kept = int((~question.outline().prunable).sum())
         print(
-            f"note: nothing is pruned: the {kept} of {args.tokens} tokens that every head keeps, in pages and with tables, "
-            "take as much as the full cache",
+            f"note: nothing is pruned: the {kept} of {args.tokens} tokens that every head keeps, in pages and with "
+            "tables, take as much as the full cache",
             file=sys.stderr,
         )
     print("\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells))
