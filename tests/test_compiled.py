@@ -21,7 +21,7 @@ import hybridkv.cache.attention as attention_module
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Sampling
-from hybridkv.cache.attention import attend_gathered, attend_pages, tail_first
+from hybridkv.cache.attention import attend_gathered, attend_pages, tail_last
 from hybridkv.cache.bounds import KeyBounds
 from hybridkv.cache.exact import ExactKeys
 from hybridkv.cache.retrieve import best_chunks, chunk_pages, select
@@ -41,8 +41,8 @@ def compiled_attention(page_size: int, gpu_lists: bool):
     """`attend_pages`, compiled once for each of its variants; `gpu_lists` takes the block lists of the GPU path."""
 
     def lists_of_gpu(pages, n_pages, tail, pool_pages):
-        pages = F.pad(pages, (0, pool_pages - 1 - pages.shape[1]))  # the CPU kernel wants a list as wide as the pool
-        return tail_first(pages, n_pages, tail)
+        pages = F.pad(pages, (0, pool_pages - pages.shape[1]))  # the CPU kernel wants a list as wide as the pool
+        return tail_last(pages, n_pages, tail)
 
     def run(*args):
         apart = attention_module.tail_apart
@@ -68,7 +68,7 @@ def test_compiled_attention_reads_exactly_the_listed_pages(variant, seed):
 
     keys, values = (torch.randn(1, 1, POOL * page_size, DIM, generator=generator) for _ in range(2))
     owner = torch.randperm(POOL - 1, generator=generator)[: LANES * 12].view(LANES, 12).int() + 1
-    pages, n_pages = owner[:, :11].contiguous(), randint(0, 12, LANES)
+    pages, n_pages = F.pad(owner[:, :11], (0, 1)), randint(0, 12, LANES)
     tail = randint(1, POOL, LAYERS, LANES)
     tail[1] = owner[:, 11]
     fill = randint(0, page_size, LAYERS, LANES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from demo.tiny_vlm import config as tiny_config
@@ -39,7 +40,8 @@ def test_attention_reads_exactly_the_listed_pages(page_size, monkeypatch):
     n_pages = torch.tensor([11, 0, 5, 1], dtype=torch.int32, device="cuda")
     tail, fill = owner[None, :, 11].contiguous(), torch.tensor([[0, 3, 7, 15]], dtype=torch.int32, device="cuda")
     q = torch.randn(lanes, 1, 7, 128, generator=generator).cuda().bfloat16()
-    args = (q, keys, values, owner[:, :11].contiguous(), n_pages, tail, fill, torch.tensor(0, device="cuda"), page_size)
+    pages, layer = F.pad(owner[:, :11], (0, 1)), torch.tensor(0, device="cuda")
+    args = (q, keys, values, pages, n_pages, tail, fill, layer, page_size)
     out = torch.compile(attend_pages, fullgraph=True, dynamic=False)(*args)
     exact = attend_gathered(*(t.float() if torch.is_tensor(t) and t.is_floating_point() else t for t in args))
     # bfloat16 rounds the weights and the result, each by half a unit in the last place of at most max|v|.
@@ -79,12 +81,13 @@ def test_a_pool_of_more_numbers_than_int32_counts():
     n_pages = torch.tensor([3, 1], dtype=torch.int32, device="cuda")
     tail, fill = owner[None, :, 3].contiguous(), torch.tensor([[0, 9]], dtype=torch.int32, device="cuda")
     q, layer = torch.randn(2, 1, 7, 128, device="cuda", dtype=torch.bfloat16), torch.tensor(0, device="cuda")
-    there = owner + pages - last
+    listed = F.pad(owner[:, :3], (0, 1))
+    offset = pages - last
     out = torch.compile(attend_pages, fullgraph=True, dynamic=False)(
-        q, keys, values, there[:, :3].contiguous(), n_pages, there[None, :, 3].contiguous(), fill, layer, page_size
+        q, keys, values, listed + offset, n_pages, tail + offset, fill, layer, page_size
     )
     keys, values = (t[:, :, -last * page_size :].float() for t in (keys, values))
-    exact = attend_gathered(q.float(), keys, values, owner[:, :3].contiguous(), n_pages, tail, fill, layer, page_size)
+    exact = attend_gathered(q.float(), keys, values, listed, n_pages, tail, fill, layer, page_size)
     bound = 2 * torch.finfo(torch.bfloat16).eps * float(values.abs().max())
     torch.testing.assert_close(out.float(), exact, atol=bound, rtol=0)
 

@@ -52,8 +52,8 @@ def attend_pages(
     Args:
         q: (L, 1, G, D).
         keys, values: (1, 1, slots, D), the pool.
-        pages: (L, P) int32 page numbers, of which the first n_pages (L,) int32 are read whole. Not views into larger
-            tables: FlexAttention's CPU kernel forgets a view's storage offset. (`index_select` makes no view.)
+        pages: (L, P) int32 page numbers, of which the first n_pages (L,) int32, less than P, are read whole. Not views
+            into larger tables: FlexAttention's CPU kernel forgets a view's storage offset. (`index_select` makes none.)
         tail, fill: (layers, L) int32; of page tail[layer], slots up to and including fill[layer] are read. They come
             whole because FlexAttention wants what a mask captures to be inputs of the graph, not computed in it.
         layer: () int64.
@@ -74,7 +74,7 @@ def attend_pages(
         lists = tail_apart(pages, n_pages, tails, slots // page_size)
     else:
         # Where the kernel counts in 64 bits it compiles only with counts in int64, and with pages in int32.
-        lists = tail_first(pages, n_pages.long() if keys.numel() >= WIDE else n_pages, tails)
+        lists = tail_last(pages, n_pages.long() if keys.numel() >= WIDE else n_pages, tails)
     block_mask = BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=(Q_BLOCK, page_size),
@@ -98,13 +98,14 @@ def kernel_options(page_size: int) -> dict[str, int]:
     return {"num_stages": 3} if page_size <= 32 else {}
 
 
-def tail_first(pages: Tensor, n_pages: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """One list of partial blocks, (L, 1, 1) counts and (L, 1, 1, P + 1) pages.
+def tail_last(pages: Tensor, n_pages: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """One list of partial blocks, (L, 1, 1) counts and (L, 1, 1, P) pages.
 
     On GPUs the split-KV kernel divides a lane's own list over its splits only if there is no list of full blocks;
     with one, it divides the whole pool, and a lane with few pages would run on few splits.
     """
-    indices = torch.cat((tail[:, None], pages), dim=1)
+    column = torch.arange(pages.shape[1], device=pages.device)
+    indices = torch.where(column == n_pages[:, None], tail[:, None], pages)
     return (n_pages + 1)[:, None, None], indices[:, None, None]
 
 

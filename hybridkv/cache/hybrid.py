@@ -190,7 +190,8 @@ class HybridCache(nn.Module):
         start, n_full, tail, row = (
             of(layer, table)[:, None] for table in (self.start, self.n_full, self.tail, self.row)
         )
-        column = torch.arange(self.capacity.full + (0 if found is None else found.shape[1]), device=layer.device).int()
+        columns = self.capacity.full + (0 if found is None else found.shape[1]) + 1  # the last one for the tail
+        column = torch.arange(columns, device=layer.device).int()
         page = start + (column if k is None else column - k[:, None])
         page = page + ((page >= tail) & (row == 0))  # in a ring the tail may lie before pages that are full
         if found is not None:

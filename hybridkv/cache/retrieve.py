@@ -39,10 +39,21 @@ def chunk_mass(score: Tensor, n_chunks: Tensor, group: str = "mean") -> Tensor:
     """
     valid = torch.arange(score.shape[2], device=score.device) < n_chunks[:, None]  # (L, C)
     score = score.masked_fill(~valid[:, None, :, None], -1e30)
-    weight = (score - score.amax((2, 3), keepdim=True)).exp().sum(-1)  # (L, G, C): one pass over the tokens
+    weight = summed_at_once(score) if score.is_cpu else summed_by_chunk(score)  # (L, G, C)
     mass = weight / weight.sum(-1, keepdim=True)
     mass = mass.mean(1) if group == "mean" else mass.amax(1)
     return mass.masked_fill(~valid, -1.0)
+
+
+def summed_at_once(score: Tensor) -> Tensor:
+    """Exponentiated scores (L, G, C, S) summed over each chunk, to a scale of each query's own: (L, G, C)."""
+    return (score - score.amax((2, 3), keepdim=True)).exp().sum(-1)
+
+
+def summed_by_chunk(score: Tensor) -> Tensor:
+    """The same for GPUs: one kernel that reads the scores once, not two."""
+    most = score.amax(-1)
+    return (score - most[..., None]).exp().sum(-1) * (most - most.amax(-1, keepdim=True)).exp()
 
 
 def page_of(first: Tensor, chunk: Tensor) -> Tensor:
@@ -152,6 +163,6 @@ def by_threshold(mass: Tensor, k: Tensor, count: int) -> Tensor:
         least = torch.where((bits >= higher).sum(1, keepdim=True) >= k, higher, least)
     above, tied = bits > least, bits == least
     taken = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    place = torch.where(taken, taken.cumsum(1) - 1, count)  # those that are not taken share a column, cut off below
-    column = torch.arange(mass.shape[1], device=mass.device).expand_as(place)
-    return torch.zeros_like(place[:, :1]).expand(-1, count + 1).scatter(1, place, column)[:, :count]
+    # The n-th that is taken is where the count reaches n. (Scattering column numbers is a call of its own on GPUs.)
+    nth = torch.arange(1, count + 1, device=mass.device).expand(len(mass), -1)
+    return torch.where(nth <= k, torch.searchsorted(taken.cumsum(1), nth.contiguous()), 0)

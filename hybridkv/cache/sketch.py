@@ -71,9 +71,12 @@ def sketch_scores(
     # Scaled before the projection: what follows it would be fused into every term of the loop over tokens, which would
     # take twice as long to compile.
     basis = basis.float() * (step * q.shape[-1] ** -0.5)[:, None]
-    projected = einsum(q.float(), basis, "l g d, l d r -> l g r")
-    if not q.is_cpu and q.dtype != torch.float32:
-        projected = projected.half()  # for a GPU's matrix units; exact for int8, and 8 times finer than bfloat16
+    if q.is_cpu:
+        projected = einsum(q.float(), basis, "l g d, l d r -> l g r")
+    else:  # a sum is one kernel with what it reads and writes, a matmul four
+        projected = (q.float()[..., None] * basis[:, None]).sum(2)
+        if q.dtype != torch.float32:
+            projected = projected.half()  # for a GPU's matrix units; exact for int8, and 8 times finer than bfloat16
     return chunk_mass(token_scores(projected, sketch, chunks), n_chunks, group)
 
 
@@ -86,9 +89,9 @@ def token_scores(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() and q.is_cpu:
         return written_out(q, sketch, chunks)
-    words = sketch[chunks]  # (L, C, rank / 4, page_size)
-    z = torch.stack([from_words(words, j).to(q.dtype) for j in range(WORD)], 3)
-    return einsum(q, rearrange(z, "l c w j s -> l (w j) c s"), "l g r, l r c s -> l g c s").float()
+    words = rearrange(sketch[chunks], "l c w s -> l w c s")
+    z = torch.stack([from_words(words, j).to(q.dtype) for j in range(WORD)], 2)  # in the order that a matmul reads
+    return einsum(q, rearrange(z, "l w j c s -> l (w j) c s"), "l g r, l r c s -> l g c s").float()
 
 
 def written_out(q: Tensor, sketch: Tensor, chunks: Tensor) -> Tensor:
