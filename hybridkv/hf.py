@@ -72,7 +72,7 @@ class HybridKVCache(RoutedCache):
         check_model(model)
         if inputs is None:  # for `reset` the same again, and here there is none
             raise ValueError("inputs must be what generate gets, a dict or token ids, not NoneType")
-        if not callable(policy) and policy not in POLICIES:
+        if not callable(policy) and (not isinstance(policy, str) or policy not in POLICIES):
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, or a function, got {policy!r}")
         if head_profile is not None and not settings.keys() & {"classifier", "retrieving_layers"}:
             settings["classifier"] = "profile"

@@ -130,8 +130,8 @@ def calibrate(
     config = HybridConfig(**{"strict": False} | settings)
     read = []
     for n, sample in enumerate(samples):
-        inputs = {"input_ids": sample} if isinstance(sample, Tensor) else dict(sample)
-        found = layouts(model.config, inputs, config, None if prunable is None else prunable[n])
+        found = layouts(model.config, sample, config, None if prunable is None else prunable[n])
+        inputs = {"input_ids": sample} if isinstance(sample, Tensor) else sample
         if len(found) != 1 or found[0].pad:
             raise ValueError(f"sample {n} must be one prompt without padding: a batch of one")
         read.append(Sample({name: to(value, model.device) for name, value in inputs.items()}, found[0]))

@@ -54,7 +54,7 @@ def layouts(
         raise ValueError(f"inputs must be what generate gets, a dict or token ids, not {type(inputs).__name__}")
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     given = ids if ids is not None else embeds
-    if not isinstance(given, Tensor) or given.dim() < 2 or not given.numel():
+    if not isinstance(given, Tensor) or given.dim() != (3 if ids is None else 2) or not given.numel() or given.is_meta:
         raise ValueError("inputs must hold input_ids (B, T) or inputs_embeds (B, T, C), tensors with a token at least")
     batch, tokens = given.shape[:2]
     real = real_tokens(inputs.get("attention_mask"), batch, tokens)
@@ -109,6 +109,8 @@ def real_tokens(mask: Tensor | None, batch: int, tokens: int) -> Tensor:
     """(B, T) bool, False where a prompt is padded, which must be on the left."""
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask must be a tensor ({batch}, {tokens}), not {type(mask).__name__}")
     if mask.shape != (batch, tokens):
         raise ValueError(f"attention_mask must be ({batch}, {tokens}), as the inputs, got {tuple(mask.shape)}")
     real = mask.cpu().bool()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hybridkv.config import HybridConfig
 from hybridkv.hf_inputs import Layout, has_pictures, layouts
-from hybridkv.hf_serving import RoutedCache
+from hybridkv.hf_serving import RoutedCache, refuse
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,10 @@ def look(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """A forward pre-hook: what can be refused is, before anything is computed."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, RoutedCache) and not torch.compiler.is_compiling():
+        if kwargs.get("use_cache") is False:
+            raise ValueError("with use_cache=False no cache is used: leave that out, or past_key_values")
+        if kwargs.get("output_attentions"):
+            refuse("attention weights to give: leave output_attentions out")
         cache.expect(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
 
 

@@ -114,6 +114,11 @@ class RoutedLayer(CacheLayerMixin):
                 f"hybridkv wants keys and values of one shape, got {tuple(key_states.shape)} and "
                 f"{tuple(value_states.shape)}"
             )
+        if key_states.dtype != value_states.dtype:
+            raise NotImplementedError(
+                f"keys are {key_states.dtype}, values {value_states.dtype} (as autocast makes them), and hybridkv has "
+                "one pool for both: load the model in the type to compute in"
+            )
         return Routed(self, key_states), value_states
 
     def attend(
@@ -257,8 +262,8 @@ def check_model(model: PreTrainedModel) -> None:
     if model.training:
         raise RuntimeError("a hybridkv cache is for generating: call model.eval() first")
     devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1:
+    if len(devices) > 1 or devices == {"meta"}:  # where weights are that were offloaded
         raise NotImplementedError(
-            f"the model is spread over {', '.join(sorted(devices))}, and hybridkv has one pool on one device: load it "
-            "with device_map={'': DEVICE}"
+            f"the model's weights are on {', '.join(sorted(devices))}, and hybridkv has one pool on one device: load "
+            "it with device_map={'': DEVICE}"
         )

@@ -380,6 +380,8 @@ def test_calibrate_with_sliding_layers():
     assert profile.need.shape == (2, 2)
     with pytest.raises(ValueError, match="sample 0 must be one prompt"):
         calibrate(its.model, [text_ids(40, batch=2)])
+    with pytest.raises(ValueError, match="not str"):
+        calibrate(its.model, ["a text"])
     with pytest.raises(ValueError, match="prunes nothing"):
         calibrate(its.model, [text_ids(40)], budget=1.0)
 
@@ -414,6 +416,8 @@ def test_stock_caches_work_as_before():
         (dict(num_return_sequences=2, do_sample=True), "num_return_sequences"),
         (dict(prompt_lookup_num_tokens=3, eos_token_id=199), "assisted decoding"),
         (dict(max_new_tokens=NEW + 2), f"room for {NEW} new tokens"),
+        (dict(use_cache=False), "use_cache=False"),
+        (dict(output_attentions=True), "output_attentions"),
     ],
 )
 def test_ways_to_generate(how, message):
@@ -530,6 +534,9 @@ def test_several_tokens_after_the_prompt():
         ({"input_ids": text_ids(4), "attention_mask": torch.tensor([[1, 1, 1, 0]])}, "padded on the left"),
         ({"input_ids": text_ids(4), "attention_mask": torch.tensor([[1, 0, 1, 1]])}, "padded on the left"),
         ({"input_ids": text_ids(4), "attention_mask": torch.ones(1, 5)}, "attention_mask must be"),
+        ({"input_ids": text_ids(4), "attention_mask": [[1] * 4]}, "attention_mask must be a tensor"),
+        ({"input_ids": text_ids(4)[None]}, "must hold input_ids"),
+        ({"input_ids": text_ids(4).to("meta")}, "must hold input_ids"),
         ({"input_ids": text_ids(4), "pixel_values": torch.ones(1)}, "no token of theirs"),
     ],
 )
@@ -545,6 +552,7 @@ def test_settings():
     for how, message in (
         (dict(budget=2.0), "budget"),
         (dict(policy="dense"), "policy must be one of"),
+        (dict(policy=["snapkv"]), "policy must be one of"),
         (dict(max_new_tokens=0), "max_new_tokens"),
         (dict(num_return_sequences=0), "num_return_sequences"),
         (dict(prunable=torch.ones(300)), "bool tensor"),
@@ -615,8 +623,8 @@ def test_encoder_decoders_and_other_layers():
     with pytest.raises(NotImplementedError, match="linear_attention"):
         HybridKVCache(model, its.inputs, max_new_tokens=4)
     model.config.layer_types = None
-    model.lm_head.to("meta")
-    with pytest.raises(NotImplementedError, match="spread over cpu, meta"):
+    model.lm_head.to("meta")  # as what is offloaded, or on another device
+    with pytest.raises(NotImplementedError, match="weights are on cpu, meta"):
         HybridKVCache(model, its.inputs, max_new_tokens=4)
 
 
@@ -625,6 +633,8 @@ def test_keys_and_heads_that_differ():
     kv = made(its)
     with pytest.raises(NotImplementedError, match="keys and values of one shape"):
         kv.update(torch.ones(1, 2, 300, 16), torch.ones(1, 2, 300, 8), 0)
+    with pytest.raises(NotImplementedError, match=r"one pool for both"), torch.autocast("cpu", torch.bfloat16):
+        run(its.model, its.inputs, kv)
     q, k = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
     module = its.model.model.layers[0].self_attn
     kv.attend(0, module, q, k, k, None, None)
