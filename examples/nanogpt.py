@@ -135,9 +135,15 @@ def with_a_step_of_its_own(model: GPT, prompt: Prompt, config: HybridConfig, new
     return tokens
 
 
+def duration(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):  # nan is neither
+        raise argparse.ArgumentTypeError(f"must be seconds, 0 or more, got {text}")
+    return float(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of training")
+    parser.add_argument("--seconds", type=duration, default=30.0, help="of training")
     seconds = parser.parse_args().seconds
     torch.manual_seed(0)
     model = GPT(GPTConfig())

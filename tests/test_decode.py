@@ -412,6 +412,14 @@ def test_nanogpt_example(capsys, monkeypatch):
     assert space["with_a_step_of_its_own"](model, asked, config, 40) == result.token_ids
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "long"])
+def test_nanogpt_trains_for_a_time_that_ends(capsys, monkeypatch, seconds):
+    monkeypatch.setattr(sys, "argv", [str(NANOGPT), f"--seconds={seconds}"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(NANOGPT), run_name="__main__")
+    assert ended.value.code == 2 and "--seconds" in capsys.readouterr().err
+
+
 def test_a_model_of_ones_own_that_returns_something_else(monkeypatch):
     """Its shapes are checked where it hands them over."""
     monkeypatch.setattr(sys, "argv", [str(NANOGPT), "--seconds", "0"])
