@@ -13,6 +13,7 @@ Contenders, on the same weights, contexts and machine, run interleaved in one pr
     hybridkv B in S     the same, with dynamic heads in a share S of the layers (--retrieving-layers)
     hybridkv N tokens   the same with the smallest budget whose steps read N of the prompt's tokens (--attended)
     ... store S   with chunks of dynamic heads on the device or in host memory (--stores)
+    ... NAME=VALUE      each of these compiled with other options, too (--inductor, see bench/inductor.py)
 
 Keys and values of the context are random (a prefill would take minutes and change nothing), and the configured share of
 the heads is dynamic, so that random attention does not distort the budget. Queries of random weights hardly change from
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from bench.common import (
     add_model_arguments,
@@ -46,6 +48,7 @@ from bench.common import (
     weight_bytes,
     write_row,
 )
+from bench.inductor import Options, inductor_options, named
 from bench.kernels import launched
 from bench.peers import transformers_decode
 from hybridkv.cache.hybrid import HybridCache
@@ -80,6 +83,7 @@ class Contender:
         cache_bytes: of the contexts' cache that a step must read.
         compile_s: seconds of the first step.
         cache: of ours on pages; None for the others.
+        options: what the compiler is told beside its defaults.
     """
 
     name: str
@@ -88,6 +92,7 @@ class Contender:
     cache_bytes: int
     compile_s: float = 0.0
     cache: HybridCache | None = None
+    options: Options | None = None
 
     @property
     def host(self) -> bool:
@@ -100,7 +105,8 @@ class Contender:
 
     def warm_up(self) -> "Contender":
         start = time.perf_counter()
-        self.step().tolist()
+        with inductor_config.patch(self.options or {}):
+            self.step().tolist()
         self.compile_s = time.perf_counter() - start
         for _ in range(WARM_UP):
             self.step().tolist()
@@ -161,6 +167,12 @@ def theirs(model: Model, compiled: bool, context: int, batch: int, new_tokens: i
 
 
 def contenders(model: Model, args: argparse.Namespace, context: int, batch: int) -> list[Contender]:
+    """All that are asked for, `dense` first."""
+    return [each for options in [{}, *args.inductor] for each in told(options, model, args, context, batch)]
+
+
+def told(options: Options, model: Model, args: argparse.Namespace, context: int, batch: int) -> list[Contender]:
+    """Those that are asked for, compiled with these options; transformers' own only without any."""
     sizes = (context, batch, 2 + WARM_UP + args.steps)  # kernels are counted in one more
     config = HybridConfig(budget=1.0, page_size=args.page_size)
     field = [ours(model, "dense", config, *sizes)]
@@ -173,21 +185,21 @@ def contenders(model: Model, args: argparse.Namespace, context: int, batch: int)
 
     if "full" in args.contenders:
         paged("full", "full", lambda: config)
-    kinds = {"transformers": True, "eager": False}
+    kinds = {} if options else {"transformers": True, "eager": False}
     field += [theirs(model, compiled, *sizes) for name, compiled in kinds.items() if name in args.contenders]
     if "hybridkv" in args.contenders:
-        for store in args.stores or [None]:
-            kept, named = replace(config, store=store), f" store {store}" if store else ""
+        for kind in args.stores or [None]:
+            kept, store = replace(config, store=kind), f" store {kind}" if kind else ""
             for budget in args.budgets:
                 for share in args.retrieving_layers:
-                    name = f"hybridkv {budget:g}" + f" in {share:g}" * (share < 1) + named
+                    name = f"hybridkv {budget:g}" + f" in {share:g}" * (share < 1) + store
                     profile = spread_profile(model.cfg, share) if share < 1 else None
                     settings = dict(budget=budget, head_profile=profile, retrieving_layers=share)
                     paged(name, "hybridkv", partial(replace, kept, **settings))
             for tokens in args.attended:
                 reading = partial(budget_reading, model, kept, context, tokens)
-                paged(f"hybridkv {tokens} tokens{named}", "hybridkv", reading)
-    return field
+                paged(f"hybridkv {tokens} tokens{store}", "hybridkv", reading)
+    return [replace(each, name=each.name + named(options), options=options) for each in field]
 
 
 def interleaved(field: list[Contender], steps: int, new_chunks: float = 0.0) -> dict[str, list[float]]:
@@ -317,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--stores", nargs="*", choices=("device", "host"), default=[], help="of hybridkv (default: the device's own)")
     add("--new-chunks", type=float, default=0.16, help="share of chunks that a step must fetch (default: 0.16)")
     add("--page-size", type=int, default=HybridConfig.page_size, help="tokens of a page (default: 16)")
+    add("--inductor", type=inductor_options, nargs="*", default=[], metavar="NAME=VALUE", help="see bench/inductor.py")
     add("--steps", type=int, default=30, help="timed steps of each contender (default: 30)")
     add("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4], help="(default: all but eager)")
     add("--plot", type=Path, help="picture of this model's rows in --out, or of this run's")

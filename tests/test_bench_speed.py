@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from bench import attention, common, compile_time, decode, fits, kernels, memory, prefill, throughput
 from demo.tiny_vlm import config as tiny_config
@@ -88,7 +89,7 @@ def test_the_decode_bench_says_what_it_leaves_out(capsys, monkeypatch):
     model = common.random_model(common.shape_config(2, 4, 1, 32, 32, 32, 64, True))
     args = argparse.Namespace(
         contenders=["dense", "full", "hybridkv"], budgets=[1e-5, 0.3], attended=[5000], steps=1, page_size=16,
-        retrieving_layers=[1.0, 0.5], stores=[],
+        retrieving_layers=[1.0, 0.5], stores=[], inductor=[],
     )  # fmt: skip
 
     def refuse(numbers, device):
@@ -104,6 +105,43 @@ def test_the_decode_bench_says_what_it_leaves_out(capsys, monkeypatch):
     said = capsys.readouterr().out
     for text in ("full: too large", "hybridkv 1e-05: a budget of 1e-05 can't", "hybridkv 5000 tokens: no budget reads"):
         assert text in said
+
+
+def test_the_decode_bench_times_options_of_the_compiler(tmp_path, monkeypatch):
+    """Each set of them beside none, for full and hybrid caches alike; the compiler has them while it compiles."""
+    seen = []
+
+    def step(*_):
+        seen.append((inductor_config.coordinate_descent_tuning, inductor_config.max_autotune_gemm_backends))
+        return torch.zeros(1)
+
+    monkeypatch.setattr(engine, "compiled_step", lambda _: step)
+    monkeypatch.setattr(decode, "copy_bandwidth", lambda _: 1e9)
+    usual = inductor_config.coordinate_descent_tuning, inductor_config.max_autotune_gemm_backends
+    options = "coordinate_descent_tuning=1+max_autotune_gemm_backends=ATEN,TRITON"
+    command = ["--contexts", "600", "--budgets", "0.3", "--steps", "2", "--layers", "1", *CPU]
+    command += ["--contenders", "dense", "hybridkv", "--out", str(tmp_path / "rows.jsonl")]
+    decode.main([*command, "--inductor", options, "b2b_gemm_pass=1"])
+    told = ("", f" {options}", " b2b_gemm_pass=1")
+    names = [f"{name}{text}" for text in told for name in ("dense", "hybridkv 0.3")]
+    assert [row["contender"] for row in rows_of(tmp_path / "rows.jsonl")] == names
+    assert [each for each in seen if each != usual] == 2 * [(True, "ATEN,TRITON")]
+    assert len(seen) == 6 * (1 + decode.WARM_UP + 2)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("b2b_gemm=1", "has no option 'b2b_gemm'"),
+        ("max_autotune", "takes 0 or 1, got ''"),
+        ("coordinate_descent_search_radius=wide", "a value of type int, got 'wide'"),
+        ("autotune_lookup_table=1", "more than a number or a word"),
+    ],
+)
+def test_options_that_the_compiler_has_not_are_refused(text, said, capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--inductor", text])
+    assert said in capsys.readouterr().err
 
 
 def test_a_budget_for_a_number_of_attended_tokens():
