@@ -13,6 +13,7 @@ from bench.kernels import compiler_output
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Plan, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.pack import lane_tokens
 from hybridkv.cache.pool import Pool
+from hybridkv.cache.sketch import from_words
 from hybridkv.model import Prompt
 from hybridkv.planning.head_profile import HeadProfile
 
@@ -265,6 +266,20 @@ class Bench:
         return results
 
 
+def same_chunks(a: HybridCache, b: HybridCache) -> None:
+    """Asserts that two caches have the same chunks and sketches, up to the rounding of other kernels."""
+    (layers, lanes), size = a.row.shape, a.page_size
+    pages = [page for i in range(layers) for lane in range(lanes) for page in chunks_of(a, i, lane)]
+    pages = torch.tensor(pages) - a.capacity.host * a.capacity.n_pages
+    for name in ("keys", "values"):
+        held = [getattr(c.store if c.capacity.host else c.pools[0], name) for c in (a, b)]
+        one, other = (each[0, 0].unflatten(0, (-1, size)) for each in held)
+        torch.testing.assert_close(one[pages], other[pages], rtol=1e-3, atol=1e-3)
+    for j in range(4):
+        one, other = (from_words(c.summary.sketch.view(-1, c.summary.words, size)[pages], j) for c in (a, b))
+        assert (one - other).abs().max() <= 1 and one.any()
+
+
 def check(results: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Asserts that every output lies within its tolerance of the exact one."""
     for out, exact, bound in results:
@@ -286,6 +301,7 @@ __all__ = [
     "prompt",
     "prompts",
     "random_prefill",
+    "same_chunks",
     "shapes",
     "tolerance",
 ]

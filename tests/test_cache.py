@@ -288,6 +288,7 @@ def test_summaries_are_those_of_the_keys_they_stand_for(mask, shape, retrieval, 
     for _ in range(steps):
         bench.step(group)
     cache, size = bench.cache, config.page_size
+    assert cache[0] and cache[1]  # the next step sums up the last token
     for layer, lane in plan.dynamic.nonzero().tolist():
         row, fill, tail = int(cache.row[layer, lane]), int(cache.fill[layer, lane]), tail_of(cache, layer, lane)
         row += cache.retrieving.tolist().index(layer) * cache.capacity.rows - 1

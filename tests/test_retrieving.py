@@ -9,7 +9,7 @@ from bench.kernels import regions
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HeadProfile, HybridConfig
-from tests.lab import compiler_output, layer_traces, prompt
+from tests.lab import compiler_output, layer_traces, prompt, same_chunks
 
 NEED = torch.tensor([[0.1, 0.2], [5.0, 0.0], [0.3, 3.0], [0.0, 0.2]])
 
@@ -19,12 +19,13 @@ def test_only_layers_that_retrieve_have_retrieval_in_their_graph():
     model = random_model(tiny_config(layers=4, hidden_size=96, heads=6, kv_heads=2, head_dim=16, tie=False))
     model.join()
     config = HybridConfig(budget=0.4, head_profile=HeadProfile(NEED, NEED), retrieving_layers=0.5)
-    expected = Engine(model, config, compile=False).generate([prompt(900, 0)], 40)
-    engine = Engine(model, config)
+    plain, engine = Engine(model, config, compile=False), Engine(model, config)
+    expected = plain.generate([prompt(900, 0)], 40)
     before = layer_traces()
     with compiler_output() as code:
         found = engine.generate([prompt(900, 0)], 40)
     assert [r.token_ids for r in found] == [r.token_ids for r in expected] and len(set(expected[0].token_ids)) > 5
+    same_chunks(engine.cache, plain.cache)
     code = "\n".join(code)
     assert code.count("std::vector<int> kv_indice_list(") == 2  # FlexAttention's loop, once in each region
     assert code.count("while should_loop:") == 1  # the loop over dynamic lanes

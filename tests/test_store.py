@@ -31,6 +31,7 @@ from tests.lab import (
     prompts,
     random_prefill,
     row_of,
+    same_chunks,
     shapes,
     store_page,
 )
@@ -209,6 +210,7 @@ def appended(steps: int, keep_new: int | None) -> tuple[HybridCache, list[Tensor
         cache[0](q, k, v)
         cache.advance(active)
         new.append(torch.cat((k, v), 2)[0])  # (H, 2, D)
+    cache.catch_up()  # as the next step would
     return cache, new, begun
 
 
@@ -373,8 +375,8 @@ SMALL = HybridConfig(budget=0.4, store="host", keep_new=24)
 @pytest.mark.compiles
 def test_compiled_is_uncompiled(model):
     """One graph for two sequences and for other prompts after them; no copy of the pool or of the store."""
-    expected = Engine(model, SMALL, compile=False).generate(PROMPTS, 60)
-    engine = Engine(model, SMALL)
+    plain, engine = Engine(model, SMALL, compile=False), Engine(model, SMALL)
+    expected = plain.generate(PROMPTS, 60)
     counters.clear()
     before = layer_traces()
     with compiler_output() as code:
@@ -384,6 +386,7 @@ def test_compiled_is_uncompiled(model):
     assert torch.__version__ < "2.13" or layer_traces() - before == 1
     cache, text = engine.cache, "\n".join(code)
     assert int(cache.fetched.sum()) > 0
+    same_chunks(cache, plain.cache)
     sizes = [
         math.prod(int(n) for n in shape.split(",") if n.strip())
         for shape in re.findall(r"empty_strided\w*\(\(([\d, ]*)\)", text)

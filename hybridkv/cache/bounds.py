@@ -42,7 +42,7 @@ class KeyBounds(nn.Module):
     def share(self, row: Tensor, other: Tensor) -> None:
         """Nothing belongs to a row."""
 
-    def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
+    def append(self, k: Tensor, page: Tensor, fill: Tensor) -> None:
         first = (fill == 0)[:, None]  # the page's last owner left its bounds behind
         self.low.index_copy_(0, page, torch.where(first, k, torch.minimum(self.low[page], k)))
         self.high.index_copy_(0, page, torch.where(first, k, torch.maximum(self.high[page], k)))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hybridkv.planning.plan import Plan
 
 SCALARS = 7  # int32 numbers of a lane: start, n_full, tail, fill, ring, end, row
-ROW_SCALARS = 5  # and of a dynamic lane: first, n_chunks, n_retrieve, lane, fetched
+ROW_SCALARS = 6  # and of a dynamic lane: first, n_chunks, n_retrieve, lane, last, fetched
 SHARED = 2  # and where the store is on the host: own, n_shared
 INDEX = 8  # bytes of a layer's number, and of a pool's
 LARGEST = (1 << 31) - 1  # numbers of a pool's keys: with more, FlexAttention's kernels for GPUs count in 64 bits

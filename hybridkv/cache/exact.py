@@ -28,7 +28,7 @@ class ExactKeys(nn.Module):
     def share(self, row: Tensor, other: Tensor) -> None:
         """Nothing belongs to a row."""
 
-    def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
+    def append(self, k: Tensor, page: Tensor, fill: Tensor) -> None:
         self.keys.index_copy_(0, page * self.page_size + fill, k)
 
     def scores(self, q: Tensor, chunks: Tensor, n_chunks: Tensor, row: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     cache = HybridCache(Capacity.of(plans, new_tokens), len(plans), prefills[0])
     cache.load(prefills, plans, new_tokens)
-    out = cache[layer](q, k, v)  # inside the compiled step, for every layer
+    out = cache[layer](q, k, v)  # inside the compiled step, for every layer, one after the other
     cache.advance(active)  # once at the end of the step
 
 A decoding step only reads and writes tensors of fixed size: nothing depends on a value, so nothing synchronises or
@@ -31,7 +31,7 @@ from hybridkv.planning.plan import Plan
 from hybridkv.planning.prefill import Prefill
 
 LANE_TABLES = ("start", "n_full", "tail", "fill", "ring", "end", "row")  # as many as capacity.SCALARS
-ROW_TABLES = ("first", "n_chunks", "n_retrieve", "lane", "fetched")  # as many as capacity.ROW_SCALARS
+ROW_TABLES = ("first", "n_chunks", "n_retrieve", "lane", "last", "fetched")  # as many as capacity.ROW_SCALARS
 RUNS = ("first", "own", "n_shared")  # `page_of` wants them side by side; the last two with the store on the host
 
 
@@ -54,7 +54,7 @@ class CacheLayer(nn.Module):
     def __init__(self, cache: "HybridCache", layer: int, nth: int | None, pool: Pool, device: torch.device):
         super().__init__()
         self.cache = weakref.ref(cache)  # which owns this layer: a cycle would keep a dropped cache's memory
-        self.retrieves, self.pool = nth is not None, pool
+        self.retrieves, self.begins, self.pool = nth is not None, nth == 0, pool
         self.register_buffer("layer", torch.tensor(layer, device=device), persistent=False)
         self.register_buffer("nth", torch.tensor(nth or 0, device=device), persistent=False)
 
@@ -67,8 +67,9 @@ class HybridCache(nn.Module):
     """See the module. Sizes follow `capacity`; shapes, dtype and device follow a record of the same model.
 
     Tables of all lanes are (layers, L). Those of dynamic lanes are (N, R): N layers that retrieve, R rows in each, one
-    for each of its dynamic lanes; `lane` says which one a row is, and is L for rows that are not used; `fetched` counts
-    the chunks that it has brought into frames. `Placement` says what the others hold.
+    for each of its dynamic lanes; `lane` says which one a row is, and is L for rows that are not used; `last` is the
+    store's slot of the token before; `fetched` counts the chunks that it has brought into frames. `Placement` says what
+    the others hold.
 
     With `record`, what is kept and retrieved is written down: see `recording.py`.
     """
@@ -115,6 +116,12 @@ class HybridCache(nn.Module):
         return self.runs[..., 0] if self.capacity.host else self.runs
 
     def __getitem__(self, layer: int) -> "CacheLayer":
+        """A layer's attention in a step. The first that retrieves catches up, for all of them: see `catch_up`.
+
+        So it has to be asked for anew in every step, outside of what layers are compiled into.
+        """
+        if self.layers[layer].begins:
+            self.catch_up()
         return self.layers[layer]
 
     def attend(self, layer: Tensor, nth: Tensor | None, pool: Pool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -133,8 +140,6 @@ class HybridCache(nn.Module):
         k, v = (rearrange(t, "b h 1 d -> (b h) d") for t in (k, v))
         slots = (of(layer, self.tail) * self.page_size + of(layer, self.fill)).long()  # (L,)
         pool.write(k, v, slots)
-        if nth is not None:
-            self._append(layer, nth, k, v)
         pages, n_pages = self._to_read(layer, nth, pool, q[:, 0])
         out = attend_pages(q, pool.keys, pool.values, pages, n_pages, self.tail, self.fill, layer, self.page_size)
         return rearrange(out, "(b h) 1 g d -> b (h g) 1 d", b=self.batch)
@@ -143,18 +148,24 @@ class HybridCache(nn.Module):
         """Numbers (R,) of a retrieving layer's rows among those of all layers."""
         return nth * self.capacity.rows + torch.arange(self.capacity.rows, device=nth.device)
 
-    def _append(self, layer: Tensor, nth: Tensor, k: Tensor, v: Tensor) -> None:
-        """Adds k, v (L, D) to the store's tail pages of lanes that have any, and to their chunk summaries.
+    def catch_up(self) -> None:
+        """Brings the token before to the store and into the summaries of its page, for all dynamic lanes at once.
 
-        (All layers at once, at the end of a step, would be fewer calls, but there torch 2.13 reads keys that the
-        compiled regions of the layers have not written yet.)
+        The layers write their tokens to the pool alone, and a page's summary is needed once it is full. At the end of
+        the step, torch 2.13 would read keys that the compiled regions of the layers have not written yet. Before the
+        first step, and for rows that are not used, it goes to the null page. Doing it twice changes nothing.
         """
-        lane, mine = of(nth, self.lane), self._mine(nth)
-        fill = F.pad(of(layer, self.fill), (0, 1)).index_select(0, lane)
-        page = page_of(of(nth, self.runs), of(nth, self.n_chunks)[:, None])[:, 0].long()  # the tail: behind the chunks
-        k, v = k.index_select(0, mine), v.index_select(0, mine)
-        self.summary.append(k, page, fill, self._rows(nth))
-        self.store.append(k, v, page * self.page_size + fill)
+        slots = self.last.long()  # (N, R)
+        page, fill = slots // self.page_size, slots % self.page_size
+        # In the pool, a lane whose store is on the host has one tail page, which is written over when it is full.
+        here, filled = self._of_rows(self.tail) if self.capacity.host else page, fill
+        pools = [layer.pool for layer in self.layers if layer.retrieves]
+        if len(self.pools) == 1:  # all in one kernel
+            pools, here, filled = pools[:1], here.view(1, -1), filled.view(1, -1)
+        found = [pool.read(at, i, self.page_size) for pool, at, i in zip(pools, here, filled, strict=True)]
+        k, v = (torch.cat(each) for each in zip(*found, strict=True))  # (N R, D)
+        self.summary.append(k, page.flatten(), fill.flatten())
+        self.store.append(k, v, slots.flatten())
 
     def _mine(self, nth: Tensor) -> Tensor:
         """Lane of each of a retrieving layer's rows, (R,); of those that are not used, any."""
@@ -205,7 +216,10 @@ class HybridCache(nn.Module):
         A full tail page is closed: it joins what the lane always reads, or its chunks if the lane retrieves, and the
         next page becomes the tail. A sequence that is not active writes over its last slot until it is replaced.
         """
-        fill = self.fill + active.repeat_interleave(self.heads)  # (layers, L), as everything here
+        if self.capacity.retrieve:
+            page = page_of(self.runs.flatten(0, 1), self.n_chunks.flatten()[:, None])  # (N R, 1): behind the chunks
+            self.last.copy_(page.view_as(self.last) * self.page_size + self._of_rows(self.fill))
+        fill = self.fill + active.repeat_interleave(self.heads)  # (layers, L), as everything below
         closed = fill == self.page_size
         tail = self.tail + closed
         # A ring that is full has no page more that is read whole: its oldest becomes the tail.

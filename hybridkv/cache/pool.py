@@ -32,6 +32,11 @@ class Pool(nn.Module):
         self.keys.index_copy_(2, slots, k[None, None])
         self.values.index_copy_(2, slots, v[None, None])
 
+    def read(self, stored: Tensor, fill: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, D) of slots fill (N,) of pages (N,), see `pages_of`; of the null page's, anything."""
+        slots = self.pages_of(stored).clamp(min=0) * page_size + fill
+        return self.keys[0, 0].index_select(0, slots), self.values[0, 0].index_select(0, slots)
+
     def pages_of(self, stored: Tensor) -> Tensor:
         """Pages of the pool, where the store is on the device: stored, pages of the store, of any shape."""
         return stored - self.before if self.shifted else stored

@@ -182,9 +182,9 @@ class KeySketch(nn.Module):
         for table in (self.basis, self.offset, self.step):
             table[row] = table[other]
 
-    def append(self, k: Tensor, page: Tensor, fill: Tensor, row: Tensor) -> None:
-        """Adds one key to each lane's tail page: k (L, D), page (L,) int64, fill (L,), row (L,)."""
-        z = to_words(encode(k[:, None], self.basis[row], self.offset[row], self.step[row])[:, 0])  # (L, words)
+    def append(self, k: Tensor, page: Tensor, fill: Tensor) -> None:
+        """Adds one key of each row, (rows, D), to a page (rows,) int64, behind the `fill` (rows,) that are there."""
+        z = to_words(encode(k[:, None], self.basis, self.offset, self.step)[:, 0])  # (rows, words)
         at = (page[:, None] * self.words + torch.arange(self.words, device=k.device)) * self.page_size + fill[:, None]
         self.sketch.index_copy_(0, at.flatten(), z.flatten())
 
