@@ -5,6 +5,7 @@ tokens. After a longer video the positions differ from transformers 5.3 and late
 the logits are equal once transformers is given our positions.
 """
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,15 @@ TOLERANCE = 1e-4  # on logits of about unit size
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def skip_fractions(*seconds: float) -> None:
+    """transformers 5.17, and some after it, cuts off fractions of the seconds that a video's step takes."""
+    from transformers import Qwen2_5_VLModel
+
+    cut = "int(next(second_per_grid_ts))" in inspect.getsource(Qwen2_5_VLModel.get_rope_index)
+    if cut and any(s % 1 for s in seconds):
+        pytest.skip("this transformers counts whole seconds")
 
 
 def save_vlm(folder: Path, heads: int, kv_heads: int, tie: bool):
@@ -97,6 +107,7 @@ PROMPTS = {
 def test_logits(pair, name):
     reference, model, processor = pair
     prompt = processor(**PROMPTS[name])
+    skip_fractions(*prompt.seconds_per_grid)
     expected = reference(**reference_inputs(model, prompt)).logits
     actual = ours(model, prompt)
     assert expected.std() > 0.1  # a model whose logits are all alike would pass anything
@@ -136,6 +147,7 @@ def test_text_after_a_long_video_counts_on_from_its_last_second(pair):
 @pytest.mark.parametrize("steps, seconds, last", [(1, 1.0, 0), (4, 1.0, 6), (2, 3.4, 6), (2, 3.5, 7), (5, 1.0, 8)])
 def test_where_positions_stop_being_those_of_transformers(pair, steps, seconds, last):
     """4 x 7 tokens, 2 positions a second: the last time position may be 6, and no longer the greater side, 7."""
+    skip_fractions(seconds)
     reference, model, _ = pair
     ids = torch.tensor([1, 2] + [model.cfg.video_token_id] * (steps * 4 * 7) + [3] * 5)
     grids = [(steps, 8, 14)]
