@@ -84,13 +84,15 @@ def watch(model: nn.Module) -> None:
 
 def look(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """A forward pre-hook: what can be refused is, before anything is computed."""
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, RoutedCache) and not torch.compiler.is_compiling():
-        if kwargs.get("use_cache") is False:
-            raise ValueError("with use_cache=False no cache is used: leave that out, or past_key_values")
-        if kwargs.get("output_attentions"):
-            refuse("attention weights to give: leave output_attentions out")
-        cache.expect(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    if torch.compiler.is_compiling():
+        return
+    for cache in (*args, *kwargs.values()):  # transformers 5.24 has another name for what was past_key_values
+        if isinstance(cache, RoutedCache):
+            if kwargs.get("use_cache") is False:
+                raise ValueError("with use_cache=False no cache is used: leave that out, or past_key_values")
+            if kwargs.get("output_attentions"):
+                refuse("attention weights to give: leave output_attentions out")
+            cache.expect(args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
 
 
 def check_owner(model: nn.Module | None, attention: nn.Module) -> None:
