@@ -55,6 +55,7 @@ class Batch:
         options: of every line: `system`, `fps`, `min_pixels`, `max_pixels`.
         new_tokens: of a line that says no other.
         memory: bytes that the caches of the prompts that are asked at once may take together.
+        int8: of readings, see `Engine.read`.
         done: called with each line that is answered, or has gone wrong.
     """
 
@@ -67,10 +68,11 @@ class Batch:
         new_tokens: int,
         sampling: Sampling,
         memory: int,
+        int8: bool = False,
         done: Callable[[], object] = lambda: None,
     ):
         self.engine, self.processor, self.answers, self.options = engine, processor, answers, options
-        self.new_tokens, self.sampling, self.memory, self.done = new_tokens, sampling, memory, done
+        self.new_tokens, self.sampling, self.memory, self.int8, self.done = new_tokens, sampling, memory, int8, done
         self.at_once, self.failed = AT_ONCE, 0
         self.last: tuple[str, Reading] | None = None  # the reading that was asked last
 
@@ -152,13 +154,13 @@ class Batch:
             self._ask(waiting[half:], alone, shared)
 
     def _given(self, job: Job, shared: set[str]) -> Prompt | Question:
-        """The prompt, from a reading if others are about the same."""
+        """The prompt, from a reading if others are about the same; always from one that rounds."""
         if self.last and self.last[0] == job.heavy:
             return Question(job.prompt, self.last[1])
-        if job.heavy not in shared:
+        if not job.heavy or (job.heavy not in shared and not self.int8):
             return job.prompt
         self.last = None  # its memory is for the next one
-        self.last = job.heavy, self.engine.read(job.prompt)
+        self.last = job.heavy, self.engine.read(job.prompt, int8=self.int8)
         return Question(job.prompt, self.last[1])
 
     def _write(self, job: Job, row: dict) -> None:
@@ -247,7 +249,8 @@ def answer_lines(args: argparse.Namespace, config: HybridConfig, sampling: Sampl
     options = {name: getattr(args, name) for name in ("fps", "min_pixels", "max_pixels")}
     options["system"] = "" if args.system is None else args.system
     with tqdm(total=len(lines), initial=len(answers.done), desc="answers", unit="line", disable=None) as bar:
-        batch = Batch(engine, processor, answers, options, args.max_new_tokens, sampling, memory, bar.update)
+        how = (options, args.max_new_tokens, sampling, memory, args.int8_readings)
+        batch = Batch(engine, processor, answers, *how, bar.update)
         batch.run(waiting)
     if batch.failed:
         say(f"{batch.failed} of {len(lines)} lines went wrong: {args.out} says why; they are asked again next time")

@@ -95,7 +95,7 @@ class Chat:
         engine = Engine(model, config, args.policy, model.cfg.eos_token_id, compile)
         look = {"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
         system = "" if args.system is None else args.system
-        self.talk = Conversation(engine, processor, system, look, apart=args.apart)
+        self.talk = Conversation(engine, processor, system, look, apart=args.apart, int8=args.int8_readings)
         self.compiling, self.tells = compile, False
         self.commands: dict[str, Callable[[str], None]] = {
             "image": lambda file: self.show(images=[file]),

@@ -28,6 +28,7 @@ class Conversation:
         system: the system prompt; "" leaves it to the checkpoint's template.
         look: how pictures and videos are looked at: `fps`, `min_pixels`, `max_pixels` of `Processor`.
         join: tokens of earlier turns from which on they join the reading.
+        int8: what is read is kept in a byte a number, see `Engine.read`.
         apart: each question is asked as if it were the first: what was said is forgotten, what was shown is not.
 
     Attributes:
@@ -43,8 +44,10 @@ class Conversation:
         look: dict | None = None,
         join: int = JOIN,
         apart: bool = False,
+        int8: bool = False,
     ):
-        self.engine, self.processor, self.look, self.join, self.apart = engine, processor, look or {}, join, apart
+        self.engine, self.processor, self.look, self.join = engine, processor, look or {}, join
+        self.apart, self.int8 = apart, int8
         self.system = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -72,7 +75,7 @@ class Conversation:
         prompt = self.processor(ANYTHING, images, videos, context, after=self.messages, **self.look)
         self._check_length(prompt, 1)
         if prompt.heavy > self.read_tokens:  # a short text is no longer than what is read again anyway
-            self.reading = self.engine.read(prompt, self.reading, on_layer=on_layer)
+            self.reading = self.engine.read(prompt, self.reading, on_layer=on_layer, int8=self.int8)
         self.messages = prompt.subject
 
     def stream(
@@ -90,7 +93,7 @@ class Conversation:
         prompt = self.processor(question, after=self.messages)
         self._check_length(prompt, max_new_tokens)
         if prompt.settled - self.read_tokens >= self.join:
-            self.reading = self.engine.read(prompt, self.reading, prompt.settled)
+            self.reading = self.engine.read(prompt, self.reading, prompt.settled, int8=self.int8)
         given = Question(prompt, self.reading) if self.reading else prompt
         token_ids, text, shown = [], "", 0
         try:

@@ -142,6 +142,7 @@ class Engine:
         past: Reading | None = None,
         tokens: int | None = None,
         on_layer: Callable[[], None] | None = None,
+        int8: bool = False,
     ) -> Reading:
         """Reads what questions are asked about, once, into host memory. What is being generated goes on after it.
 
@@ -151,12 +152,14 @@ class Engine:
             tokens: None for `prompt.heavy`, what comes before the question can make a difference, where a prompt has
                 that; for the whole prompt, where it has not.
             on_layer: called after each layer, for progress.
+            int8: keys and values are kept in a byte a number, and come back rounded (`int8.py`); always, if those of
+                `past` are.
 
         Raises:
             ValueError: there is nothing to read, or `past` is of something else, or of another model.
         """
         with self._alone():
-            return read_once(self.model, self.fingerprint, prompt, self.config, past, tokens, on_layer)
+            return read_once(self.model, self.fingerprint, prompt, self.config, past, tokens, on_layer, int8)
 
     @cached_property
     def fingerprint(self) -> str:

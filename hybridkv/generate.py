@@ -120,6 +120,7 @@ def say_unused(args: argparse.Namespace) -> None:
         "--min-pixels, without pictures,": args.min_pixels is not None and not pictures,
         "--max-pixels, without pictures,": args.max_pixels is not None and not pictures,
         "--top-p, without --temperature,": args.top_p != 1 and args.temperature == 0,
+        "--int8-readings, without --batch,": args.int8_readings,
         "--seed, without --temperature,": args.seed != 0 and args.temperature == 0,
     }
     for name, made in unused.items():

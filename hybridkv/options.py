@@ -102,6 +102,7 @@ def add_answer_options(parser: Parser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="for temperatures above 0; 0 or more (default: 0)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    add("--int8-readings", action="store_true", help="what is read once is kept in a byte a number: half of bfloat16")
     add("--no-compile", action="store_true", help="run the decoding step uncompiled: starts at once, decodes slower")
 
 

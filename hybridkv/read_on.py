@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hybridkv.config import HybridConfig
+from hybridkv.int8 import Int8
 from hybridkv.planning.plan import Plan
 from hybridkv.planning.prefill import LayerProfile, Prefill, profile_layer
 from hybridkv.planning.prune import Span
@@ -155,17 +156,24 @@ class Recorder:
         rows: tokens whose queries are kept, in order.
         past: a reading of the first tokens, which this one goes on from.
         on_layer: called after each layer.
+        int8: keys and values are kept as `Int8`.
     """
 
-    def __init__(self, rows: Tensor, past: Reading | None = None, on_layer: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        rows: Tensor,
+        past: Reading | None = None,
+        on_layer: Callable[[], None] | None = None,
+        int8: bool = False,
+    ):
         start = past.tokens if past else 0
         self.old = rows[rows < start]
         if past:  # those that it has kept
             self.old = self.old[torch.isin(self.old, past.rows)]
         self.rows = torch.cat((self.old, rows[rows >= start]))
-        self.past, self.start, self.on_layer = past, start, on_layer
-        self.k: list[Tensor] = []
-        self.v: list[Tensor] = []
+        self.past, self.start, self.on_layer, self.int8 = past, start, on_layer, int8
+        self.k: list[Tensor | Int8] = []
+        self.v: list[Tensor | Int8] = []
         self.q: list[Tensor] = []
         self.bus: Bus | None = None
 
@@ -182,8 +190,8 @@ class Recorder:
             out = attend_on(q, k, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        self.k.append(to_host(k[0]))
-        self.v.append(to_host(v[0]))
+        for kept, t in ((self.k, k[0]), (self.v, v[0])):
+            kept.append(Int8.of(t).each(to_host) if self.int8 else to_host(t))
         self.q.append(queries)
         if self.on_layer:
             self.on_layer()
@@ -198,6 +206,7 @@ def read_once(
     past: Reading | None = None,
     tokens: int | None = None,
     on_layer: Callable[[], None] | None = None,
+    int8: bool = False,
 ) -> Reading:
     """A reading of a prompt's first tokens; see `Engine.read`."""
     tokens = getattr(prompt, "heavy", len(prompt.input_ids)) if tokens is None else tokens
@@ -212,7 +221,7 @@ def read_once(
         past.check(fingerprint)
         Question(part, past)  # refuses what does not go on from there
     rows = rows_to_keep(prompt, tokens, max(QUERIES, config.window + config.recent))
-    record = Recorder(rows, past, on_layer)
+    record = Recorder(rows, past, on_layer, int8 or (past is not None and past.int8))
     model.prefill(part, record, *([past.tokens] if past else []))
     return Reading(part.input_ids.cpu(), record.k, record.v, record.q, record.rows, fingerprint, part.messages)
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybridkv.int8 import Int8
 from hybridkv.planning.prune import Span
 
 QUERIES = 64  # of each kind of token that a reading keeps: twice the window's default
@@ -32,7 +33,7 @@ class Reading:
 
     Attributes:
         input_ids: (T,) int64.
-        k, v: (H, T, D) of each layer, in host memory; keys after RoPE.
+        k, v: (H, T, D) of each layer, in host memory, as they are or as `Int8`; keys after RoPE.
         q: (Hq, R, D) of each layer: its last text queries, from which any policy finds out where the text looks.
         rows: (R,) int64, whose queries those are, in order.
         fingerprint: of the model that read it.
@@ -42,8 +43,8 @@ class Reading:
     """
 
     input_ids: Tensor
-    k: list[Tensor]
-    v: list[Tensor]
+    k: list[Tensor | Int8]
+    v: list[Tensor | Int8]
     q: list[Tensor]
     rows: Tensor
     fingerprint: str
@@ -53,6 +54,10 @@ class Reading:
     @property
     def tokens(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def int8(self) -> bool:
+        return any(isinstance(t, Int8) for t in self.k)
 
     @property
     def bytes(self) -> int:
@@ -88,7 +93,10 @@ class Reading:
         """
         tensors = {"input_ids": self.input_ids, "rows": self.rows}
         for layer in range(len(self.k)):
-            tensors |= {f"{name}.{layer}": getattr(self, name)[layer].contiguous() for name in "kvq"}
+            for name in "kvq":
+                t = getattr(self, name)[layer]
+                parts = {"": t.numbers, ".scale": t.scale} if isinstance(t, Int8) else {"": t}
+                tensors |= {f"{name}.{layer}{part}": t.contiguous() for part, t in parts.items()}
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "messages": json.dumps(self.messages)}
         path = Path(path)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
@@ -125,13 +133,16 @@ class Reading:
                     raise ValueError(f"{path} is no reading of this version")
                 if about["fingerprint"] != fingerprint:
                     raise ValueError(f"{path} was read by another model, or in another dtype: read the prompt again")
-                layers = sum(name.startswith("k.") for name in file.keys())  # noqa: SIM118, it is no dict
-                k, v, q = ([file.get_tensor(f"{name}.{i}") for i in range(layers)] for name in "kvq")
-                ids, rows, messages = (
-                    file.get_tensor("input_ids"),
-                    file.get_tensor("rows"),
-                    json.loads(about["messages"]),
-                )
+                given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+                messages = json.loads(about["messages"])
+            ids, rows = given["input_ids"], given["rows"]
+            layers = sum(name.startswith("q.") for name in given)
+
+            def tensor(name: str) -> Tensor | Int8:
+                scale = given.get(f"{name}.scale")
+                return given[name] if scale is None else Int8(given[name], scale, len(ids))
+
+            k, v, q = ([tensor(f"{name}.{i}") for i in range(layers)] for name in "kvq")
         except (SafetensorError, KeyError, json.JSONDecodeError) as e:
             raise ValueError(f"{path} is damaged or no reading: {' '.join(str(e).split())[:200]}") from e
         reading = cls(ids, k, v, q, rows, about["fingerprint"], messages)
@@ -146,7 +157,9 @@ class Reading:
             return False
         if len(rows) and not (rows[0] >= 0 and rows[-1] < len(ids) and (rows.diff() > 0).all()):
             return False
-        (heads, _, dim), dtype = self.k[0].shape if self.k[0].dim() == 3 else (0, 0, 0), self.k[0].dtype
+        if not all(t.fits_together() if isinstance(t, Int8) else t.dim() == 3 for t in (*self.k, *self.v)):
+            return False
+        (heads, _, dim), dtype = self.k[0].shape, self.k[0].dtype
         keys = all(t.shape == (heads, len(ids), dim) and t.dtype == dtype for t in (*self.k, *self.v))
         queries = all(t.dim() == 3 and t.shape[1:] == (len(rows), dim) and t.dtype == dtype for t in self.q)
         return keys and queries and isinstance(self.messages, list)

@@ -79,15 +79,17 @@ def alone(vlm, model, row: dict, budget: dict) -> list[int]:
 def test_each_is_answered_as_if_alone(vlm, files, tmp_path, monkeypatch, one_model, memory):
     read = []
     monkeypatch.setattr(
-        Engine, "read", lambda self, prompt, *more, f=Engine.read: read.append(1) or f(self, prompt, *more)
+        Engine, "read", lambda self, prompt, f=Engine.read, **how: read.append(1) or f(self, prompt, **how)
     )
     rows = rows_of(files)
     got = ask(vlm, write(tmp_path / "in", rows), tmp_path / "out", *memory)
     assert [row["line"] for row in got] == list(range(1, len(rows) + 1)) and got[0]["id"] == "first"
+    rounded = ask(vlm, tmp_path / "in", tmp_path / "other", "--int8-readings", *memory)
+    assert len(read) == 6 and [row["line"] for row in rounded] == [row["line"] for row in got]
     for row, answer in zip(rows, got, strict=True):
         assert answer["token_ids"] == alone(vlm, one_model, row, {"strict": False})
         assert answer["finished"] == (len(answer["token_ids"]) < row.get("max_new_tokens", 8))
-    assert len(read) == 3  # of a.png, of b.png, and of the long text, which is the same in a file
+    assert read[:3] == [1] * 3  # of a.png, of b.png, and of the long text, which is the same in a file
 
 
 def test_a_run_goes_on_where_it_was_cut_off(vlm, files, tmp_path, monkeypatch, capsys):

@@ -10,18 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Engine, HybridConfig, Prefill, Question, Reading, Sampling
 from hybridkv.cache import sketch
+from hybridkv.int8 import BLOCK, Int8
 from hybridkv.model import Processor, from_pretrained
 from hybridkv.planning.policies import POLICIES
 from hybridkv.read_on import PrefillOn, Recorder, attend_on
-from hybridkv.reading import rows_to_keep
+from hybridkv.reading import FORMAT, rows_to_keep
 from tests.lab import examples, head_profile, prompt, prompts
 from tests.test_pictures import picture
 
@@ -177,6 +180,48 @@ def test_sketches_are_fitted_once(model, monkeypatch):
     before = len(reading.fits)
     engine.ask(reading, replace(asked(400, 0, 0, 280), prunable=torch.arange(400) < 380))
     assert sum(fitted) == 4 * seen and len(reading.fits) == before
+
+
+def test_a_byte_a_number(model, tmp_path):
+    """Smaller, close to what it was, the same from a file, and gone on from."""
+    engine = Watched(model, config(), "hybridkv")
+    whole = asked(400, 0, 0, 380)
+    exact, reading = engine.read(whole, tokens=350), engine.read(whole, tokens=350, int8=True)
+    assert reading.int8 and not exact.int8 and reading.bytes < exact.bytes / 2
+    for ours, theirs in zip((*reading.k, *reading.v), (*exact.k, *exact.v), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        torch.testing.assert_close(ours.to("cpu"), theirs, rtol=0, atol=float(theirs.abs().max()) / 253)
+    _, _, logits = answers(engine, [Question(whole, exact)], 1)
+    longer = engine.read(whole, reading, 380)
+    for rounded in (reading, longer):
+        tokens, _, close = answers(engine, [Question(whole, rounded)], 8)
+        assert rounded.int8 and 0 < float((close - logits).abs().max()) < 0.05 * float(logits.abs().max())
+    reading = longer
+    reading.save(tmp_path / "a")
+    loaded = Reading.load(tmp_path / "a", engine.fingerprint)
+    assert loaded.int8 and loaded.bytes <= reading.bytes  # without fitted sketches
+    assert answers(engine, [Question(whole, loaded)], 8)[0] == tokens
+    tensors, about = load_file(tmp_path / "a"), {"format": FORMAT, "fingerprint": engine.fingerprint, "messages": "[]"}
+    for name in ("k.0", "k.1.scale"):
+        save_file(tensors | {name: tensors[name][:, 1:].clone()}, tmp_path / "b", about)
+        with pytest.raises(ValueError, match="do not fit together"):
+            Reading.load(tmp_path / "b", engine.fingerprint)
+
+
+@examples(30)
+@given(st.integers(1, 200), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_rounding_to_a_byte(tokens, seed, dtype):
+    """Off by half a step of the scale at most, and by the dtype's own rounding; zeros stay."""
+    generator = torch.Generator().manual_seed(seed)
+    t = (torch.randn(2, tokens, 8, generator=generator) * torch.logspace(-3, 2, 8)).to(dtype)
+    t[:, :, 0] = 0
+    small = Int8.of(t)
+    assert small.fits_together() and small.to("cpu").dtype == dtype and small.to("cpu").shape == t.shape
+    largest = F.pad(t.float(), (0, 0, 0, -tokens % BLOCK)).unflatten(1, (-1, BLOCK)).abs().amax(2)
+    step = (largest / 127).repeat_interleave(BLOCK, 1)[:, :tokens]
+    eps = torch.finfo(dtype).eps * 127  # of the scale and of the numbers, in steps
+    tiny = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * 127
+    assert ((small.to("cpu").float() - t.float()).abs() <= step * (0.5 + 2 * eps) + tiny).all()
 
 
 def test_reading_goes_on_from_a_reading(model):
