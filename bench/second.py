@@ -5,8 +5,8 @@
 
 Two questions about one board (the bundled model) or one long text with facts in it (any other). `anew`: the second is
 asked of the reading, and makes a plan of its own. `kept`: it finds what was kept for the first, as in a cache that is
-pruned once. `int8`: it is asked of a reading in a byte a number. KL is that to the full cache, along its answer, in nats
-a token, the first token left out, which no cache has a part in; `rounded` that from `anew` to `int8`.
+pruned once. `int8`: it is asked of a reading in a byte a number. KL is that to the full cache, along its answer, in
+nats a token, the first token left out, which no cache has a part in; `rounded` that from `anew` to `int8`.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import reading_speed, readings
+from bench import batch, reading_speed, readings, second
 
 
 def rows_of(file) -> list[dict]:
@@ -35,6 +35,28 @@ def test_questions_about_a_text(llama, tmp_path):
     row, times = rows_of(out)
     assert times.keys() == row.keys() - {"same", "right", "right_again", "right_kept", "kl", "kl_again"}
     assert row["questions"] == 1 and row["budget"] == 0.5 and row["new_tokens_read"] < row["prompt_tokens"] - 200
+
+
+def test_a_second_question(llama, tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    second.main(["--tokens", "64", "--subjects", "1", "--task", "lookup", "--policies", "full", "--out", str(out)])
+    more = ["--model", str(llama), "--tokens", "200", "--subjects", "1", "--policies", "snapkv", "--budget", "0.6"]
+    second.main([*more, "--out", str(out)])
+    full, text = rows_of(out)
+    assert full["right_anew"] == full["right_kept"] == 1 and full["kl_anew"] < 1e-5 and full["kl_rounded"] < 0.01
+    assert full["int8_bytes"] < full["reading_bytes"] and (full["task"], text["task"]) == ("lookup", "needle")
+    assert text["subjects"] == 1 and text["kl_kept_ci"][0] <= text["kl_kept"] and text["budget"] == 0.6
+    assert "int8 from anew" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        second.main(["--subjects", "0"])
+
+
+def test_many_prompts(tmp_path, capsys):
+    batch.main(["--tokens", "16", "--lines", "2", "--out", str(tmp_path / "rows.jsonl")])
+    rows = rows_of(tmp_path / "rows.jsonl")
+    assert [row["pictures"] for row in rows] == [1, 2] and all(row["same"] and row["lines"] == 2 for row in rows)
+    assert all(row["together_s"] > 0 and row["one_by_one_s"] > 0 for row in rows)
+    assert "one by one" in capsys.readouterr().out
 
 
 def test_times_of_random_weights(tmp_path, capsys):
