@@ -61,7 +61,7 @@ def measure(engine: Engine, processor: Processor, tokens: int, lines: int, pictu
             row[f"{name}_s"], _ = timed(lambda batch=batch, file=file: batch.run(read_lines(file)), now)
             row[f"{name}_text"] = {line["line"]: line["text"] for line in map(json.loads, out.read_text().splitlines())}
     texts = [row.pop(f"{name}_text") for name in ("warm_up", "together", "one_by_one")]
-    return row | {"same": texts[1] == texts[2], "at_once": batch.at_once}
+    return row | {"same": texts[1] == texts[2]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

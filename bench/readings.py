@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,18 +126,37 @@ def timed(work: Callable[[], object], now: Callable[[], float]) -> tuple[float, 
     return now() - start, done
 
 
-def measure(lab: Lab, asked: list[Asked], policy: str, config: HybridConfig, times_only: bool = False) -> dict:
-    """One subject's questions, asked in both ways. Lists are of the questions after the first."""
+class Packing(Engine):
+    """Notes the seconds of packing: where it follows the reading, since the policy wants to see the prompt first."""
+
+    pack_s: float | None = None
+
+    def _fill(self, *args: object) -> None:
+        self.pack_s, _ = timed(partial(super()._fill, *args), clock(self.model.device))
+
+
+def measure(lab: Lab, asked: list[Asked], policy: str, config: HybridConfig, times_only: int = 0) -> dict:
+    """One subject's questions, asked in both ways. Lists are of the questions after the first.
+
+    Args:
+        times_only: so many of them are read anew, and nothing but times is measured; 0 for all there is.
+    """
     model, processor = lab.model, lab.processor
     eos, now = model.cfg.eos_token_id, clock(model.device)
-    engine = Engine(model, config, policy, eos, compile=False)
+    engine = Packing(model, config, policy, eos, compile=False)
+
+    def ask(prompt: Prompt) -> tuple[float, float | None]:
+        """Seconds to the first token, and those of packing."""
+        return timed(lambda: engine.ask(reading, prompt, 1), now)[0], engine.pack_s
+
     read_s, reading = timed(lambda: engine.read(asked[0].prompt), now)
-    next_s = [timed(lambda p=one.prompt: engine.ask(reading, p, 1), now)[0] for one in asked]
-    again_s = [timed(lambda p=one.prompt: engine.generate([p], 1), now)[0] for one in asked[1:]]
+    next_s, pack_s = zip(*[ask(one.prompt) for one in asked], strict=True)
+    again_s = [timed(lambda p=one.prompt: engine.generate([p], 1), now)[0] for one in asked[1:][: times_only or None]]
     row = {
         "read_s": read_s,
         "first_s": read_s + next_s[0],
-        "next_s": next_s[1:],
+        "next_s": list(next_s[1:]),
+        "pack_share": [pack / whole for pack, whole in zip(pack_s[1:], next_s[1:], strict=True) if pack is not None],
         "again_s": again_s,
         "reading_bytes": reading.bytes,
         "prompt_tokens": len(asked[0].prompt.input_ids),
@@ -182,7 +202,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--task", choices=("lookup", "lookups", "chain", "right"), default="lookup", help="about boards")
     add("--policies", nargs="+", choices=POLICIES, default=list(POLICY))
     add("--budget", type=float, default=0.1)
-    add("--times-only", action="store_true", help="leave out answers and divergence, which take several times as long")
+    add(
+        "--times-only",
+        type=int,
+        nargs="?",
+        const=99,
+        default=0,
+        metavar="N",
+        help="leave out answers and divergence, "
+        "which take several times as long, and read everything anew for N later questions only",
+    )
     add("--device", default="cpu")
     add("--out", type=Path, help="append JSON lines to this file")
     args = parser.parse_args(argv)

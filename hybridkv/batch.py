@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Job:
     Attributes:
         heavy: names the pictures and texts it is about: equal for equal ones. "" without any.
         limit: new tokens.
+        budget: of its own, which is kept or refused; None for the one of all.
     """
 
     line: Line
@@ -46,6 +48,7 @@ class Job:
     prompt: Prompt
     heavy: str
     limit: int
+    budget: float | None
 
 
 class Batch:
@@ -73,7 +76,7 @@ class Batch:
     ):
         self.engine, self.processor, self.answers, self.options = engine, processor, answers, options
         self.new_tokens, self.sampling, self.memory, self.int8, self.done = new_tokens, sampling, memory, int8, done
-        self.at_once, self.failed = AT_ONCE, 0
+        self.config, self.at_once, self.failed = engine.config, AT_ONCE, 0
         self.last: tuple[str, Reading] | None = None  # the reading that was asked last
 
     def run(self, lines: list[Line]) -> None:
@@ -97,11 +100,13 @@ class Batch:
                 context,
                 **self.options | ({"system": row["system"]} if "system" in row else {}),
             )
-            limit = row.get("max_new_tokens", self.new_tokens)
+            limit, budget = row.get("max_new_tokens", self.new_tokens), row.get("budget")
+            if budget is not None and self.engine.policy == "full":
+                raise InputError('"budget" does not go with --policy full, which keeps everything')
             check_length(prompt, limit, self.processor.cfg.max_position_embeddings)
             heavy = heavy_name(prompt)
             prompt = replace(prompt, patches=pixels.setdefault(heavy, prompt.patches))
-            return Job(line, row, prompt, heavy, limit)
+            return Job(line, row, prompt, heavy, limit, budget)
         except Exception as e:
             self._fail(line, e)
             return None
@@ -125,8 +130,12 @@ class Batch:
             sizes[job.heavy] = max(sizes.get(job.heavy, 0), len(job.prompt.input_ids))
         jobs = sorted(jobs, key=lambda job: (-sizes[job.heavy], job.heavy, -len(job.prompt.input_ids)))
         shared = {job.heavy for a, job in enumerate(jobs) if job.heavy and any(j.heavy == job.heavy for j in jobs[:a])}
-        for first in range(0, len(jobs), self.at_once):
-            self._ask(jobs[first : first + self.at_once], self.engine, shared)
+        jobs.sort(key=lambda job: job.budget or 0)
+        for budget, some in groupby(jobs, key=lambda job: job.budget):
+            own, alike = {} if budget is None else {"budget": float(budget), "strict": True}, list(some)
+            self.engine.config = replace(self.config, **own)
+            for first in range(0, len(alike), self.at_once):
+                self._ask(alike[first : first + self.at_once], self.engine, shared)
 
     def _ask(self, jobs: list[Job], engine: Engine, shared: set[str]) -> None:
         """Asks some lines at once; if that can't be, in two halves, and what can't be asked alone has gone wrong."""

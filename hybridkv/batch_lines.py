@@ -15,7 +15,7 @@ from pathlib import Path
 from hybridkv.cli import replacing
 from hybridkv.model import InputError
 
-KEYS = {"id", "prompt", "messages", "system", "images", "videos", "context", "context_file", "max_new_tokens"}
+KEYS = {"id", "prompt", "messages", "system", "images", "videos", "context", "context_file", "max_new_tokens", "budget"}
 BEGIN = b'{"line": '  # of every answer
 
 
@@ -56,6 +56,9 @@ class Line:
         limit = row.get("max_new_tokens", 1)
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise InputError(f'"max_new_tokens" must be a whole number of at least 1, got {limit!r}')
+        budget = row.get("budget", 1)
+        if not isinstance(budget, int | float) or isinstance(budget, bool) or not 0 < budget <= 1:
+            raise InputError(f'"budget" must be a share in (0, 1], got {budget!r}')
         return row
 
 

@@ -92,6 +92,27 @@ def test_each_is_answered_as_if_alone(vlm, files, tmp_path, monkeypatch, one_mod
     assert read[:3] == [1] * 3  # of a.png, of b.png, and of the long text, which is the same in a file
 
 
+def test_what_lines_have_in_common_is_read_once(vlm, files, tmp_path, monkeypatch, one_model):
+    """Two pictures and a text, by whatever names; and lines with budgets of their own."""
+    read = []
+    monkeypatch.setattr(Engine, "read", lambda self, prompt, f=Engine.read, **how: read.append(1) or f(self, prompt))
+    a, b, long = files / "a.png", files / "b.png", {"context_file": str(files / "long.txt")}
+    rows = [
+        {"prompt": "What?", "images": [str(a), str(b)]} | long,
+        {"prompt": "Where is it?", "images": [f"{files}/./a.png", f"{files}/../{files.name}/b.png"], "context": LONG},
+        {"prompt": "Why?", "images": [str(b), str(a)]} | long,
+        {"prompt": "Who?", "images": [str(a)], "budget": 0.95},
+        {"prompt": "When?", "images": [str(a)], "budget": 1},
+    ]
+    got = ask(vlm, write(tmp_path / "in", rows), tmp_path / "out")
+    assert len(read) == 1 + 1  # of the first two lines, and of the last two
+    for row, answer in zip(rows, got, strict=True):
+        budget = {"budget": row["budget"]} if "budget" in row else {"strict": False}
+        assert answer["token_ids"] == alone(vlm, one_model, row, budget)
+    (wrong,) = ask(vlm, write(tmp_path / "in", rows[-1:]), tmp_path / "full", "--policy", "full", code=2)
+    assert '"budget" does not go with --policy full' in wrong["error"]
+
+
 def test_a_run_goes_on_where_it_was_cut_off(vlm, files, tmp_path, monkeypatch, capsys):
     source, out, asked = write(tmp_path / "in", rows_of(files)), tmp_path / "out", []
     whole = ask(vlm, source, out)
@@ -142,6 +163,8 @@ BAD = [
     ('{"prompt": "a", "max_new_tokens": 0}', "at least 1, got 0"),
     ('{"prompt": "a", "max_new_tokens": true}', "at least 1, got True"),
     ('{"prompt": "a", "max_new_tokens": 1000000}', "more than the model's"),
+    ('{"prompt": "a", "budget": 1.5}', "a share in (0, 1], got 1.5"),
+    ('{"prompt": "a", "budget": true}', "a share in (0, 1], got True"),
     ('{"prompt": 5}', "the prompt must be text"),
     ('{"prompt": "a", "images": ["missing.png"]}', "missing.png does not exist"),
     ('{"prompt": "a", "images": 5}', "images must be a list"),

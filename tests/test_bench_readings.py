@@ -1,10 +1,14 @@
 """`bench.readings`, small: that its rows say what was asked, and how."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from bench import batch, reading_speed, readings, second
+
+ROOT = Path(__file__).parent.parent
 
 
 def rows_of(file) -> list[dict]:
@@ -24,6 +28,7 @@ def test_questions_about_a_board(tmp_path, capsys):
         assert row["right_kept"] is None or 0 <= row["right_kept"] <= 1
         assert row["next_s"] > 0 and row["again_s"] > 0 and row["read_s"] < row["first_s"]
         assert 0 < row["new_tokens_read"] < row["prompt_tokens"] - 64 and row["reading_bytes"] > 0
+        assert 0 < row["pack_share"] < 1 if row["policy"] == "hybridkv" else row["pack_share"] is None
     assert rows[1]["right_kept"] == rows[1]["right"]  # what is whole serves every question
 
 
@@ -35,6 +40,17 @@ def test_questions_about_a_text(llama, tmp_path):
     row, times = rows_of(out)
     assert times.keys() == row.keys() - {"same", "right", "right_again", "right_kept", "kl", "kl_again"}
     assert row["questions"] == 1 and row["budget"] == 0.5 and row["new_tokens_read"] < row["prompt_tokens"] - 200
+
+
+def test_the_table_of_second_questions_is_in_the_rows():
+    table = (ROOT / "docs" / "readings.md").read_text(encoding="utf-8").split("### A second question")[1]
+    table = table.split("### Many")[0]
+    rows, said = rows_of(ROOT / "bench" / "results" / "second.jsonl"), re.findall(r"^\|.*?\| (`.*) \|$", table, re.M)
+    made = []
+    for row in rows:
+        ways = [f"{row[f'right_{way}']:.0%}, {row[f'kl_{way}']:.3f}" for way in second.WAYS]
+        made.append(" | ".join([f"`{row['policy']}`", *ways, f"{row['kl_rounded']:.4f}"]))
+    assert said == made
 
 
 def test_a_second_question(llama, tmp_path, capsys):
