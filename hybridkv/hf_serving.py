@@ -140,18 +140,6 @@ class RoutedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """The cache itself is reset, not its layers one by one."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
-        refuse("beam search")
-
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        refuse("assisted decoding: nothing that was read can be taken back")
-
-    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
-        refuse("way to repeat its sequences: give it num_return_sequences")
-
-    def batch_select_indices(self, indices: Tensor) -> NoReturn:
-        refuse("way to choose among its sequences")
-
 
 class RoutedCache(Cache):
     """A cache whose layers with full attention are ours; sliding layers are transformers' own.
@@ -213,6 +201,12 @@ class RoutedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         refuse("assisted decoding: nothing that was read can be taken back")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        refuse("way to repeat its sequences: give it num_return_sequences")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        refuse("way to choose among its sequences")
 
     def activate_past_recording(self) -> NoReturn:
         refuse("assisted decoding, nor prompt lookup")

@@ -576,6 +576,9 @@ def test_copies_and_training():
         copy.deepcopy(kv)
     with pytest.raises(TypeError, match="can't be copied"):
         copy.copy(kv)
+    for change in (kv.crop, kv.reorder_cache, kv.batch_repeat_interleave, kv.batch_select_indices):
+        with pytest.raises(NotImplementedError, match="a hybridkv cache has no"):
+            change(torch.tensor(1))
     model = copy.deepcopy(its.model)
     kv = HybridKVCache(model, its.inputs, max_new_tokens=NEW)
     model.train()
