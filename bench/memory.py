@@ -17,7 +17,8 @@ plain tensors. Weights are in all numbers; `store` is what a cache holds in host
 number; `host` is the memory of the whole process, compiler and profiler included.
 
 What fits into each of --fits follows from the peaks (`bench.fits`). With fewer --layers than the shape has, they are
-measured with these and with half of them. What fits is said of all of the shape's layers, and of its vocabulary.
+measured with these and with half of them. What fits is said of all of the shape's layers, and of its vocabulary. Beside
+what its caches hold stands what `hybridkv.estimate` says that they do.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from bench.common import QUESTION, SHAPES, add_model_arguments, describe, make_m
 from bench.fits import described, fitting
 from hybridkv.config import HybridConfig
 from hybridkv.engine import Engine, Sampling
-from hybridkv.estimate import memory, weight_bytes
+from hybridkv.estimate import Question, memory, weight_bytes
 from hybridkv.model.config import Config
 from hybridkv.model.decoder import Model
 from hybridkv.planning.head_profile import HeadProfile
@@ -140,6 +141,13 @@ def whole_model(args: argparse.Namespace) -> Config:
     return replace(cfg, num_hidden_layers=layers, vocab_size=vocab)
 
 
+def estimated(cfg: Config, contender: str, args: argparse.Namespace, context: int, batch: int) -> int:
+    """What `hybridkv.estimate` says that the caches take on the device."""
+    config = HybridConfig(budget=args.budget, store=args.store)
+    asked = Question(cfg, config, getattr(torch, args.dtype), context, batch, WARM_UP + 2, QUESTION)
+    return (asked.ours() if contender.startswith("hybridkv") else asked.full()).device_bytes
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -186,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_row(args.out, row)
             rows.append(row)
         for row in fitting(rows, args.fits, whole.num_hidden_layers, weights, args.at):
+            row["made_of"]["caches_estimated"] = estimated(whole, contender, args, row["at_context"], row["at_batch"])
             print(f"{contender:>24} {described(row)}", flush=True)
             more = {"contender": contender, "budget": args.budget, "store": store, "eager": args.eager}
             write_row(args.out, more | row | about)
