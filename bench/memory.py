@@ -3,7 +3,7 @@
     python -m bench.memory --contexts 4096 16384
     python -m bench.memory --shape qwen2.5-vl-7b --dtype bfloat16 --contexts 8192 32768 --batches 1 2 --eager \\
         --fits 24GB 48GB 80GB                                   # on a GPU
-    python -m bench.memory --shape qwen2.5-vl-7b --dtype bfloat16 --layers 2 --vocab-size 4096 --eager --batches 1 2 \\
+    python -m bench.memory --shape qwen2.5-vl-7b --dtype bfloat16 --layers 3 --vocab-size 4096 --eager --batches 1 2 \\
         --contexts 2048 4096 --store host --fits 24GB 48GB 80GB --at 32768   # anywhere
 
 Contenders: `dense` (plain tensors), `full` (on pages), `hybridkv` (planned when the prompt has been read, so that its
@@ -17,7 +17,7 @@ plain tensors. Weights are in all numbers; `store` is what a cache holds in host
 number; `host` is the memory of the whole process, compiler and profiler included.
 
 What fits into each of --fits follows from the peaks (`bench.fits`). With fewer --layers than the shape has, they are
-measured with these and with half of them. What fits is said of all of the shape's layers, and of its vocabulary. Beside
+measured with these and with half of them, two at least. What fits is said of all of the shape's layers, and of its vocabulary. Beside
 what its caches hold stands what `hybridkv.estimate` says that they do.
 """
 
@@ -171,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = "host" if HybridConfig(store=args.store).on_host(torch.device(args.device)) else "device"
     whole = whole_model(args)
     most = about["layers"]
-    depths = [most] if whole.num_hidden_layers == most else [max(1, most // 2), most]
+    # One layer is unlike the others: nobody holds what came before it.
+    depths = [most] if whole.num_hidden_layers == most else sorted({max(min(2, most), most // 2), most})
     weights = weight_bytes(whole, getattr(torch, args.dtype))
     head = "".join(f"{name:>14}" for name in (*STAGES, "store", "host"))
     print(f"layers batch {'context':>8} {'cache':>16}{head}   MB")
