@@ -17,8 +17,8 @@ plain tensors. Weights are in all numbers; `store` is what a cache holds in host
 number; `host` is the memory of the whole process, compiler and profiler included.
 
 What fits into each of --fits follows from the peaks (`bench.fits`). With fewer --layers than the shape has, they are
-measured with these and with half of them, two at least. What fits is said of all of the shape's layers, and of its vocabulary. Beside
-what its caches hold stands what `hybridkv.estimate` says that they do.
+measured with these and with half of them, two at least, and what fits is said of all of the shape's layers and of its
+vocabulary. Beside what caches hold stands what `hybridkv.estimate` says that they do.
 """
 
 import argparse

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench import heads, judge, layers, long_answers, quality, report
+from bench import heads, judge, keep_new, layers, long_answers, quality, report
 from bench.report import bootstrap
 from bench.tasks import TEXT_TASKS, Case, make_case
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
-from hybridkv import Engine, HybridConfig, Prefill, calibrate
+from hybridkv import Engine, HybridConfig, Prefill, Sampling, calibrate
+from hybridkv.demos import MODEL
 from hybridkv.model import Processor
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.need import Observer, pruned_tokens
@@ -187,6 +188,47 @@ def test_long_answers_go_on_behind_their_end_and_follow_the_full_cache(tmp_path,
     assert few["device_bytes"] < full["device_bytes"]
     assert few["full_bytes"] == pytest.approx(full["full_bytes"])
     assert "hybridkv:keep_new=16" in capsys.readouterr().out
+
+
+def test_an_answer_in_one_pass_is_what_its_steps_give(model):
+    """With no dynamic heads nothing is retrieved, so the pages hold what the mask stands for."""
+    given, answer = prompt(300, 5), torch.randint(10, 60, (40,), generator=torch.Generator().manual_seed(0))
+    config = HybridConfig(budget=0.4, dynamic_share=0, strict=False)
+    bench = lab(model)
+    (prefill,) = bench.read([Case(given, None, 1)], config).prefills
+    engine = Engine(model, config, compile=False)
+    plan = engine.plan(prefill)
+    at_once = keep_new.answered(bench, prefill, plan, given, answer)
+    full = keep_new.answered(bench, prefill, None, given, answer)
+    few = keep_new.answered(bench, prefill, replace(plan, keep_new=8), given, answer)
+    read = bench.read([Case(given, None, 1)], config)
+    engine.load(read.prefills, len(answer) + 1)
+    engine.begin(read.positions, len(answer) + 1, Sampling(), read.first.device)
+    steps = []
+    with torch.no_grad():
+        for token in answer:
+            steps.append(model.step(token[None], engine.state.position, engine.cache)[0].log_softmax(-1))
+            engine.cache.advance(engine.state.active)
+            engine.state.position.add_(engine.state.active)
+    torch.testing.assert_close(at_once, torch.stack(steps), rtol=1e-4, atol=1e-4)
+    assert (full - at_once).abs().max() > 1e-3  # pruning has lost something
+    torch.testing.assert_close(few[:8], at_once[:8], rtol=1e-4, atol=1e-4)
+    assert (few[8:] - at_once[8:]).abs().amax(-1).min() > 1e-6
+
+
+def test_long_answers_are_given_and_cost_what_a_cache_holds(tmp_path, capsys):
+    """Bytes by the arithmetic of the cache; a whole model's processor, since the cases are text."""
+    processor = Processor.from_pretrained(MODEL)
+    for task in keep_new.QUESTIONS:
+        case, answer = keep_new.long_case(processor, task, 300, 100, 0)
+        assert 50 < len(answer) <= 100 and len(case.input_ids) > 200 and case.prunable.any()
+    out = tmp_path / "rows.jsonl"
+    command = ["--model", "demo", "--tasks", "copy", "--tokens", "300", "--new-tokens", "100", "--keep-new", "16"]
+    keep_new.main([*command, "--budget", "0.9", "--out", str(out)])
+    every, few = map(json.loads, out.read_text().splitlines())
+    assert (every["keep_new"], few["keep_new"]) == (None, 16)
+    assert few["device_bytes"] < every["device_bytes"] and few["full_bytes"] == every["full_bytes"]
+    assert len(few["kl"]) == 1 and "keeps    16" in capsys.readouterr().out
 
 
 def test_rows_become_tables(tmp_path, capsys):
