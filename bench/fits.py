@@ -1,8 +1,9 @@
 """What fits into a device's memory, from the peaks that `bench.memory` has measured.
 
-Beyond the weights, which are counted, peaks grow evenly with layers, sequences and tokens, but for sizes that are
-rounded. So each stage of a run is taken to lie on lines through the smallest and the largest of what was measured along
-each of the three.
+Beyond the weights, which are counted, peaks grow evenly with sequences and tokens, but for sizes that are rounded: each
+stage of a run is taken to lie on lines through the smallest and the largest of what was measured along both. With the
+number of layers what the caches hold grows in proportion, and what is there for a moment does not grow, if each layer
+is packed as soon as it is read.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ MOST = {"batch": 1 << 12, "context": 1 << 24}  # that is asked about
 
 
 def stage_at(rows: list[dict], stage: str, at: dict[str, int]) -> float:
-    """Bytes beyond the weights, where `at` says: a number of layers, a batch, a context. rows: all combinations."""
-    if not at:
-        return rows[0]["bytes"][stage] - rows[0]["bytes"]["weights"]
+    """Bytes beyond the weights, where `at` says: a batch, a context, a number of layers. rows: all combinations."""
+    if at.keys() == {"layers"}:
+        (row,) = rows
+        of = {name: number - row["bytes"]["weights"] for name, number in row["bytes"].items()}
+        return of[stage] + of["prefilled"] * (at["layers"] / row["layers"] - 1)
     (axis, wanted), *others = at.items()
     first, last = min(row[axis] for row in rows), max(row[axis] for row in rows)
     low, high = (stage_at([row for row in rows if row[axis] == end], stage, dict(others)) for end in (first, last))
@@ -30,23 +33,9 @@ def peak_at(rows: list[dict], at: dict[str, int]) -> float:
 
 
 def complete(rows: list[dict]) -> list[dict]:
-    """Without the contexts that could not be measured at every batch and number of layers."""
-    wanted = len({(row["layers"], row["batch"]) for row in rows})
-    contexts = [row["context"] for row in rows]
-    return [row for row in rows if contexts.count(row["context"]) == wanted]
-
-
-def made_of(rows: list[dict], at: dict[str, int]) -> dict[str, int]:
-    """The peak beyond the weights: what the caches hold, and the rest, which is there for a moment.
-
-    `with_layers` is what of the rest grows with the number of layers.
-    """
-    held, peak = stage_at(rows, "prefilled", at), peak_at(rows, at)
-    parts = {"caches": held, "moment": peak - held}
-    if len({row["layers"] for row in rows}) > 1:
-        none = at | {"layers": 0}
-        parts["with_layers"] = peak - held - (peak_at(rows, none) - stage_at(rows, "prefilled", none))
-    return {name: round(number) for name, number in parts.items()}
+    """Without the contexts that could not be measured at every batch."""
+    batches, contexts = {row["batch"] for row in rows}, [row["context"] for row in rows]
+    return [row for row in rows if contexts.count(row["context"]) == len(batches)]
 
 
 def fitting(
@@ -55,7 +44,7 @@ def fitting(
     """A row for each of the sizes, in bytes.
 
     `largest_context` is that of prompts at the smallest batch, `largest_batch` that of prompts of `at_context` tokens;
-    each is there if two values were measured, so that it is known how the peak grows.
+    each is there if two values were measured, so that it is known how the peak grows. `made_of` is the peak there.
 
     Args:
         rows: of one contender.
@@ -66,7 +55,9 @@ def fitting(
     if not rows:
         return []
     values = {axis: sorted({row[axis] for row in rows}) for axis in ("batch", "context")}
-    at = {"layers": layers, "batch": values["batch"][0], "context": context or values["context"][-1]}
+    at = {"batch": values["batch"][0], "context": context or values["context"][-1], "layers": layers}
+    held = stage_at(rows, "prefilled", at)
+    made_of = {"weights": weights, "caches": round(held), "moment": round(peak_at(rows, at) - held)}
     found = []
     for room in sizes:
         row = {"fits": room} | {f"at_{axis}": n for axis, n in at.items()}
@@ -76,7 +67,7 @@ def fitting(
                 return n <= MOST[axis] and weights + peak_at(rows, at | {axis: n}) <= room
 
             row[f"largest_{axis}"] = largest(fits)
-        found.append(row | {"made_of": {"weights": weights} | made_of(rows, at)})
+        found.append(row | {"made_of": made_of})
     return found
 
 

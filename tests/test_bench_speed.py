@@ -268,8 +268,9 @@ def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
 
     def measured(command, **_):
         one = command[command.index("--one") :]
-        layers, batch, context = (int(one[one.index(name) + 1]) for name in ("--layers", "--batches", "--contexts"))
-        asked.append((layers, batch, context))
+        batch, context = (int(one[one.index(name) + 1]) for name in ("--batches", "--contexts"))
+        layers = int(command[command.index("--layers") + 1]) if "--layers" in command else 2
+        asked.append((batch, context))
         if context == 256:
             return SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nno room")
         peak = 5 + 1_000_000 * layers * batch * context
@@ -277,9 +278,9 @@ def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
         return SimpleNamespace(returncode=0, stdout=f"\n{json.dumps(found | {'host': 1})}\n", stderr="")
 
     monkeypatch.setattr(subprocess, "run", measured)
-    command = ["--contexts", "256", "512", "1024", "--batches", "2", "1", "--contenders", "full", *CPU]
+    command = ["--contexts", "256", "512", "1024", "--batches", "2", "1", *CPU, "--contenders", "full"]
     memory.main([*command, "--fits", "20.5GB", "--out", str(out)])
-    assert asked == [(2, batch, context) for batch in (1, 2) for context in (256, 512, 1024)]
+    assert asked == [(batch, context) for batch in (1, 2) for context in (256, 512, 1024)]
     *rows, fits = rows_of(out)
     assert [(row["batch"], row["context"]) for row in rows] == [(1, 512), (1, 1024), (2, 512), (2, 1024)]
     assert rows[0]["peak"] == 2 * 512_000_000 + 5
@@ -292,36 +293,36 @@ def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
     ):
         assert text in said
     # Few layers and a small vocabulary stand for all of the shape's.
-    asked.clear()
     shape = ["--shape", "qwen2.5-vl-3b", "--layers", "4", "--vocab-size", "64", "--at", "2048"]
-    memory.main([*command, *shape, "--fits", "100GB", "400GB"])
-    assert {layers for layers, *_ in asked} == {2, 4}
+    memory.main([*command, "hybridkv", *shape, "--fits", "100GB", "400GB"])
     said = capsys.readouterr().out
     weights = estimate.weight_bytes(common.shape_config(36, 1, 2, 16, 32, 32, 151936, True), torch.float32)
     for room in (100, 400):
         longest, batch = (int((room * 1e9 - weights) / (36e6 * n)) for n in (1, 2048))
-        assert f"in {room} GB: at batch 1, a context of {longest:,}; at context 2048, a batch of {batch:,}" in said
+        fitting = (
+            f"in {room} GB: at batch 1, a context of {longest:,}; at context 2048, a batch of {batch:,} (36 layers"
+        )
+        assert f"full {fitting}" in said and f"hybridkv {fitting}" not in said
 
 
 def test_what_fits_is_told_from_peaks_that_do_not_hang_together():
     """Each stage on lines of its own: the highest at the size asked about need not be the highest measured."""
 
-    def row(layers: int, batch: int, context: int) -> dict:
-        cache, moment = 10 * layers * batch * context, 1000 * context + 7
+    def row(batch: int, context: int) -> dict:
+        cache, moment = 10 * 2 * batch * context, 1000 * context + 7
         stages = {"prefilled": cache, "prefill_peak": cache + moment, "decode_peak": cache + 50_000 * batch}
-        return {"layers": layers, "batch": batch, "context": context, "bytes": {"weights": 3} | stages}
+        sizes = {"weights": 3} | {name: number + 3 for name, number in stages.items()}
+        return {"layers": 2, "batch": batch, "context": context, "bytes": sizes}
 
-    rows = [row(*each) for each in itertools.product((1, 2), (1, 2), (10, 20))]
-    for each in rows:
-        each["bytes"] = {name: n + 3 * (name != "weights") for name, n in each["bytes"].items()}
+    rows = [row(*each) for each in itertools.product((1, 2), (10, 20))]
     (found,) = fits.fitting(rows, [10_000_000], 28, 500, context=100)
-    assert found["made_of"] == {"weights": 500, "caches": 28_000, "moment": 100_007, "with_layers": 0}
+    assert found["made_of"] == {"weights": 500, "caches": 28_000, "moment": 100_007}
     # 500 + 280 context + the larger of 1000 context + 7 and 50,000; then 500 + 28,000 batch + that of 100,007.
     assert found["largest_context"] == (10_000_000 - 507) // 1280
     assert found["largest_batch"] == min((10_000_000 - 100_507) // 28_000, (10_000_000 - 500) // 78_000)
-    (alone,) = fits.fitting(rows[:1], [10_000_000], 1, 500)
+    (alone,) = fits.fitting(rows[:1], [10_000_000], 2, 500)
     assert "largest_batch" not in alone and "not known" in fits.described(alone)
-    assert fits.fitting([], [10_000_000], 1, 500) == []
+    assert fits.fitting([], [10_000_000], 2, 500) == []
 
 
 @pytest.mark.slow
