@@ -1,9 +1,9 @@
 """What fits into a device's memory, from the peaks that `bench.memory` has measured.
 
-Beyond the weights, which are counted, peaks grow evenly with sequences and tokens, but for sizes that are rounded: each
+Beyond the weights, which are counted, bytes grow evenly with sequences and tokens, but for sizes that are rounded: each
 stage of a run is taken to lie on lines through the smallest and the largest of what was measured along both. With the
-number of layers what the caches hold grows in proportion, and what is there for a moment does not grow, if each layer
-is packed as soon as it is read.
+number of layers what the caches hold grows on such a line, too; what is there for a moment is that of the most layers
+that were measured, since it does not grow from two layers on, if each is packed as soon as it is read.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,24 @@ STAGES = ("prefill_peak", "prefilled", "decode_peak")
 MOST = {"batch": 1 << 12, "context": 1 << 24}  # that is asked about
 
 
-def stage_at(rows: list[dict], stage: str, at: dict[str, int]) -> float:
-    """Bytes beyond the weights, where `at` says: a batch, a context, a number of layers. rows: all combinations."""
-    if at.keys() == {"layers"}:
-        (row,) = rows
-        of = {name: number - row["bytes"]["weights"] for name, number in row["bytes"].items()}
-        return of[stage] + of["prefilled"] * (at["layers"] / row["layers"] - 1)
+def on_lines(rows: list[dict], stage: str, at: dict[str, int]) -> float:
+    """Bytes of a stage beyond the weights, where `at` says. rows: every combination of what was measured."""
+    if not at:
+        return rows[0]["bytes"][stage] - rows[0]["bytes"]["weights"]
     (axis, wanted), *others = at.items()
     first, last = min(row[axis] for row in rows), max(row[axis] for row in rows)
-    low, high = (stage_at([row for row in rows if row[axis] == end], stage, dict(others)) for end in (first, last))
+    low, high = (on_lines([row for row in rows if row[axis] == end], stage, dict(others)) for end in (first, last))
     return low + (high - low) * (wanted - first) / max(1, last - first)
+
+
+def stage_at(rows: list[dict], stage: str, at: dict[str, int]) -> float:
+    """Bytes of a stage beyond the weights, at a number of layers, a batch and a context."""
+    deepest = at | {"layers": max(row["layers"] for row in rows)}
+    held, moment = (
+        on_lines(rows, "prefilled", at),
+        on_lines(rows, stage, deepest) - on_lines(rows, "prefilled", deepest),
+    )
+    return held + moment
 
 
 def peak_at(rows: list[dict], at: dict[str, int]) -> float:
@@ -33,9 +41,10 @@ def peak_at(rows: list[dict], at: dict[str, int]) -> float:
 
 
 def complete(rows: list[dict]) -> list[dict]:
-    """Without the contexts that could not be measured at every batch."""
-    batches, contexts = {row["batch"] for row in rows}, [row["context"] for row in rows]
-    return [row for row in rows if contexts.count(row["context"]) == len(batches)]
+    """Without the contexts that could not be measured at every batch and number of layers."""
+    wanted = len({(row["layers"], row["batch"]) for row in rows})
+    contexts = [row["context"] for row in rows]
+    return [row for row in rows if contexts.count(row["context"]) == wanted]
 
 
 def fitting(
@@ -55,7 +64,7 @@ def fitting(
     if not rows:
         return []
     values = {axis: sorted({row[axis] for row in rows}) for axis in ("batch", "context")}
-    at = {"batch": values["batch"][0], "context": context or values["context"][-1], "layers": layers}
+    at = {"layers": layers, "batch": values["batch"][0], "context": context or values["context"][-1]}
     held = stage_at(rows, "prefilled", at)
     made_of = {"weights": weights, "caches": round(held), "moment": round(peak_at(rows, at) - held)}
     found = []

@@ -16,9 +16,9 @@ layer and, in float32, never touches; --eager measures a step that is not compil
 plain tensors. Weights are in all numbers; `store` is what a cache holds in host memory, which on a CPU is in no other
 number; `host` is the memory of the whole process, compiler and profiler included.
 
-What fits into each of --fits follows from the peaks (`bench.fits`). With fewer --layers than the shape has (two at
-least: one holds less than each of several), or a smaller vocabulary, what fits is said of the whole shape, but not of
-`hybridkv`, whose peak holds all layers of a prompt. Beside what caches hold stands what `hybridkv.estimate` says.
+What fits into each of --fits follows from the peaks (`bench.fits`). With fewer --layers than the shape has they are
+measured with these and with half of them, and what fits is said of all of the shape's layers and of its vocabulary; not
+of `hybridkv`, whose peak holds all layers of a prompt. Beside what caches hold stands what `hybridkv.estimate` says.
 """
 
 import argparse
@@ -170,27 +170,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = describe("bench.memory", args, argv)
     store = "host" if HybridConfig(store=args.store).on_host(torch.device(args.device)) else "device"
     whole = whole_model(args)
+    most, fewer = about["layers"], about["layers"] < whole.num_hidden_layers
+    depths = [max(1, most // 2), most] if fewer else [most]
     weights = weight_bytes(whole, getattr(torch, args.dtype))
     head = "".join(f"{name:>14}" for name in (*STAGES, "store", "host"))
-    print(f"batch {'context':>8} {'cache':>16}{head}   MB")
+    print(f"layers batch {'context':>8} {'cache':>16}{head}   MB")
     for contender in args.contenders:
         rows = []
-        for batch, context in itertools.product(sorted(args.batches), sorted(args.contexts)):
-            one = ["--one", "--batches", str(batch), "--contexts", str(context), "--contenders", contender]
-            done = subprocess.run([sys.executable, "-m", "bench.memory", *given, *one], capture_output=True, text=True)
-            where = f"{batch:5d} {context:8d} {contender:>16}"
+        for layers, batch, context in itertools.product(depths, sorted(args.batches), sorted(args.contexts)):
+            one = ["--one", "--layers", str(layers), "--batches", str(batch), "--contexts", str(context)]
+            command = [sys.executable, "-m", "bench.memory", *given, *one, "--contenders", contender]
+            done = subprocess.run(command, capture_output=True, text=True)
+            where = f"{layers:6d} {batch:5d} {context:8d} {contender:>16}"
             if done.returncode:
                 print(f"{where} failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
             row = {"contender": contender, "context": context, "batch": batch, "budget": args.budget}
             row |= {"store": store, "eager": args.eager, "bytes": found}
-            row |= {"peak": max(found["prefill_peak"], found["decode_peak"])} | about
+            row |= {"peak": max(found["prefill_peak"], found["decode_peak"])} | about | {"layers": layers}
             cells = "".join(f"{found[name] / 1e6:14.1f}" for name in (*STAGES, "store", "host"))
             print(f"{where}{cells}", flush=True)
             write_row(args.out, row)
             rows.append(row)
-        if contender == "hybridkv" and whole.num_hidden_layers > about["layers"]:
+        if contender == "hybridkv" and fewer:
             continue  # see above
         for row in fitting(rows, args.fits, whole.num_hidden_layers, weights, args.at):
             row["made_of"]["caches_estimated"] = estimated(whole, contender, args, row["at_context"], row["at_batch"])

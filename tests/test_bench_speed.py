@@ -268,9 +268,8 @@ def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
 
     def measured(command, **_):
         one = command[command.index("--one") :]
-        batch, context = (int(one[one.index(name) + 1]) for name in ("--batches", "--contexts"))
-        layers = int(command[command.index("--layers") + 1]) if "--layers" in command else 2
-        asked.append((batch, context))
+        layers, batch, context = (int(one[one.index(name) + 1]) for name in ("--layers", "--batches", "--contexts"))
+        asked.append((layers, batch, context))
         if context == 256:
             return SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nno room")
         peak = 5 + 1_000_000 * layers * batch * context
@@ -280,7 +279,7 @@ def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "run", measured)
     command = ["--contexts", "256", "512", "1024", "--batches", "2", "1", *CPU, "--contenders", "full"]
     memory.main([*command, "--fits", "20.5GB", "--out", str(out)])
-    assert asked == [(batch, context) for batch in (1, 2) for context in (256, 512, 1024)]
+    assert asked == [(2, batch, context) for batch in (1, 2) for context in (256, 512, 1024)]
     *rows, fits = rows_of(out)
     assert [(row["batch"], row["context"]) for row in rows] == [(1, 512), (1, 1024), (2, 512), (2, 1024)]
     assert rows[0]["peak"] == 2 * 512_000_000 + 5
@@ -293,8 +292,10 @@ def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
     ):
         assert text in said
     # Few layers and a small vocabulary stand for all of the shape's.
+    asked.clear()
     shape = ["--shape", "qwen2.5-vl-3b", "--layers", "4", "--vocab-size", "64", "--at", "2048"]
     memory.main([*command, "hybridkv", *shape, "--fits", "100GB", "400GB"])
+    assert {layers for layers, *_ in asked} == {2, 4}
     said = capsys.readouterr().out
     weights = estimate.weight_bytes(common.shape_config(36, 1, 2, 16, 32, 32, 151936, True), torch.float32)
     for room in (100, 400):
@@ -308,21 +309,21 @@ def test_the_memory_bench_says_what_would_fit(tmp_path, capsys, monkeypatch):
 def test_what_fits_is_told_from_peaks_that_do_not_hang_together():
     """Each stage on lines of its own: the highest at the size asked about need not be the highest measured."""
 
-    def row(batch: int, context: int) -> dict:
-        cache, moment = 10 * 2 * batch * context, 1000 * context + 7
+    def row(layers: int, batch: int, context: int) -> dict:
+        cache, moment = 10 * layers * batch * context + 60, 1000 * context * min(layers, 2) // 2 + 7
         stages = {"prefilled": cache, "prefill_peak": cache + moment, "decode_peak": cache + 50_000 * batch}
         sizes = {"weights": 3} | {name: number + 3 for name, number in stages.items()}
-        return {"layers": 2, "batch": batch, "context": context, "bytes": sizes}
+        return {"layers": layers, "batch": batch, "context": context, "bytes": sizes}
 
-    rows = [row(*each) for each in itertools.product((1, 2), (10, 20))]
+    rows = [row(*each) for each in itertools.product((1, 2), (1, 2), (10, 20))]
     (found,) = fits.fitting(rows, [10_000_000], 28, 500, context=100)
-    assert found["made_of"] == {"weights": 500, "caches": 28_000, "moment": 100_007}
-    # 500 + 280 context + the larger of 1000 context + 7 and 50,000; then 500 + 28,000 batch + that of 100,007.
-    assert found["largest_context"] == (10_000_000 - 507) // 1280
-    assert found["largest_batch"] == min((10_000_000 - 100_507) // 28_000, (10_000_000 - 500) // 78_000)
-    (alone,) = fits.fitting(rows[:1], [10_000_000], 2, 500)
+    assert found["made_of"] == {"weights": 500, "caches": 28_060, "moment": 100_007}
+    # 560 + 280 context + the larger of 1000 context + 7 and 50,000; then 560 + 28,000 batch + that of 100,007.
+    assert found["largest_context"] == (10_000_000 - 567) // 1280
+    assert found["largest_batch"] == min((10_000_000 - 100_567) // 28_000, (10_000_000 - 560) // 78_000)
+    (alone,) = fits.fitting(rows[:1], [10_000_000], 1, 500)
     assert "largest_batch" not in alone and "not known" in fits.described(alone)
-    assert fits.fitting([], [10_000_000], 2, 500) == []
+    assert fits.fitting([], [10_000_000], 1, 500) == []
 
 
 @pytest.mark.slow
