@@ -46,8 +46,9 @@ fi
 decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5
 decode 120 decode --contexts "$long" $ours 0.5
 step 90 tests python -m pytest -vv --tb=short -m cuda tests/test_cuda.py tests/test_hf_compiled.py tests/test_train.py
-# Is the dense step, whose matmuls are the hybrid's, faster with other options of the compiler?
-decode 100 inductor --contexts "$long" --contenders dense --inductor coordinate_descent_tuning=1 max_autotune_gemm=1
+# Other options of the compiler: matmuls of one row as reductions, kernels that need not wait for each other in one launch.
+decode 150 inductor --contexts "$long" --contenders dense hybridkv --stores device --retrieving-layers 0.5 \
+    --inductor combo_kernels=1+coordinate_descent_tuning=1
 step 60 attention python -m bench.attention $shape --contexts "$long" --repeats 30 --kernels 15 \
     --contenders flex hybridkv --out "$results/attention-cuda.jsonl"
 step 60 attention-batch python -m bench.attention $shape --contexts "$long" --batch 8 --repeats 20 --kernels 15 \

@@ -4,8 +4,8 @@
 
 What they could do for a decoding step, whose matmuls have a row for each sequence: with `coordinate_descent_tuning`,
 matmuls of one row are written as reductions on a GPU, and kernels' sizes are searched for; with `max_autotune_gemm`
-templates are timed against the library; `b2b_gemm_pass` joins two matmuls. (Names of `torch._inductor.config`, the same
-in torch 2.11 and 2.13.)
+templates are timed against the library; `b2b_gemm_pass` joins two matmuls; `combo_kernels` launches kernels that need
+not wait for each other together. (Names of `torch._inductor.config`, the same in torch 2.11 and 2.13.)
 """
 
 import argparse
