@@ -23,10 +23,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -47,6 +46,7 @@ from hybridkv.planning.policies import POLICIES
 from hybridkv.reading import is_reading
 from hybridkv.report import size
 from hybridkv.sampling import Sampling
+from hybridkv.typed import HISTORY, next_line, typed_lines
 
 OUT_OF_MEMORY = "/reset forgets what was read; smaller pictures (--max-pixels) or --dtype bfloat16 take less"
 HELP = """\
@@ -56,7 +56,6 @@ HELP = """\
 /save FILE, /load FILE                    what was read and said, for the same model
 /reset                                    forget all but the system prompt
 /help, /exit"""
-HISTORY = "HYBRIDKV_HISTORY"
 
 
 def build_parser() -> Parser:
@@ -82,6 +81,7 @@ class Chat:
 
     Attributes:
         tells: whether it says what each answer took.
+        took: what the last one took that came to its end; "" if none did.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -96,7 +96,7 @@ class Chat:
         look = {"fps": args.fps, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
         system = "" if args.system is None else args.system
         self.talk = Conversation(engine, processor, system, look, apart=args.apart, int8=args.int8_readings)
-        self.compiling, self.tells = compile, False
+        self.compiling, self.tells, self.took = compile, False, ""
         self.commands: dict[str, Callable[[str], None]] = {
             "image": lambda file: self.show(images=[file]),
             "video": lambda file: self.show(videos=[file]),
@@ -106,7 +106,13 @@ class Chat:
             "save": self.save,
             "load": self.load,
         }
-        self.plain_commands = {"stats": self.stats, "reset": self.reset, "help": lambda: say(HELP)}
+        self.plain_commands = {
+            "stats": self.stats,
+            "reset": self.reset,
+            "help": lambda: say(HELP),
+            "exit": end,
+            "quit": end,
+        }
 
     @property
     def engine(self) -> Engine:
@@ -124,8 +130,6 @@ class Chat:
             return
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
-        if name in ("exit", "quit"):
-            raise EOFError
         if name in self.plain_commands:
             if rest:
                 raise InputError(f"/{name} takes nothing more, got {rest!r}")
@@ -151,6 +155,7 @@ class Chat:
         finally:
             if begun:
                 print(flush=True)
+        self.took = self.account()
         if self.tells:
             self.stats()
 
@@ -194,22 +199,31 @@ class Chat:
 
     def load(self, file: str) -> None:
         self.talk.load(file)
-        say(f"({self.talk.read_tokens} tokens, {len(self.talk.messages)} messages)")
+        turns = sum(message["role"] == "assistant" for message in self.talk.messages)
+        say(f"({self.talk.read_tokens} tokens were read, {turns} questions answered)")
 
     def reset(self) -> None:
         self.talk.reset()
         say("(all forgotten)")
 
     def stats(self) -> None:
-        stats = self.engine.stats
-        if stats.bytes is None:
+        if not self.took:
             raise InputError("nothing was answered to its end yet")
+        say(self.took)
+
+    def account(self) -> str:
+        """What an answer took that has just ended."""
+        stats, budget = self.engine.stats, f", budget {self.engine.config.budget:g}"
         used, speed = stats.bytes, "" if stats.ms_per_token is None else f", then {stats.ms_per_token:.1f} ms a token"
-        say(
-            f"({self.engine.policy}, budget {self.engine.config.budget:g}: a step reads {size(used.step)} of "
+        return (
+            f"({self.engine.policy}{'' if self.engine.policy == 'full' else budget}: a step reads {size(used.step)} of "
             f"{size(used.full)} ({used.step / used.full:.1%}); {size(used.resident)} on the device, "
             f"{size(self.read_bytes + used.host)} in host memory; first token after {stats.ttft_s:.2f} s{speed})"
         )
+
+
+def end() -> None:
+    raise EOFError
 
 
 def unquoted(text: str) -> str:
@@ -217,35 +231,6 @@ def unquoted(text: str) -> str:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         return text[1:-1]
     return text
-
-
-def history_file() -> Path:
-    if own := os.environ.get(HISTORY):
-        return Path(own)
-    return Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()) / "hybridkv" / "chat-history"
-
-
-@contextmanager
-def typed_lines(keep_history: bool) -> Iterator[None]:
-    """Line editing for `input`, with the lines of earlier runs; where they can't be kept, without a word."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    file = None
-    if keep_history:
-        with suppress(OSError, RuntimeError):  # no home, say
-            file = history_file()
-            readline.read_history_file(file)
-    try:
-        yield
-    finally:
-        if file:
-            with suppress(OSError):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                readline.set_history_length(1000)
-                readline.write_history_file(file)
 
 
 def converse(chat: Chat, lines: Callable[[], str], interactive: bool) -> bool:
@@ -271,14 +256,6 @@ def converse(chat: Chat, lines: Callable[[], str], interactive: bool) -> bool:
                 raise
             say(f"error: {message}")
             fine = False
-
-
-def next_line() -> str:
-    """A line of stdin, for scripts."""
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line
 
 
 def begin(args: argparse.Namespace) -> Chat:

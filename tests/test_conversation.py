@@ -18,6 +18,7 @@ from demo import tiny_vlm
 from hybridkv import Engine, HybridConfig, chat, demos
 from hybridkv.conversation import Conversation
 from hybridkv.model import InputError, Processor, from_pretrained
+from hybridkv.typed import history_file
 from tests.lab import examples
 from tests.terminal import terminal
 from tests.test_pictures import picture
@@ -153,9 +154,11 @@ def lines(monkeypatch, capsys, arguments: list, text: str, code: int | None = No
 
 
 def test_a_question_a_line(monkeypatch, capsys):
-    out, err = lines(monkeypatch, capsys, [], f"\n{DEMOS['lookup'].prompt}\n\nWhere does K8 point?\n/stats\n")
+    asked = f"\n{DEMOS['lookup'].prompt}\n\nWhere does K8 point?\n/budget 0.5\n/policy snapkv\n/stats\n"
+    out, err = lines(monkeypatch, capsys, [], asked)
     assert out.splitlines() == [" " + DEMOS["lookup"].answer, " K8 m3"]
     assert "tokens read" in err and "in host memory; first token after" in err and "> " not in out
+    assert "(hybridkv, budget 0.1: a step reads" in err  # by which the last one was answered
 
 
 def test_bad_lines_never_end_it(monkeypatch, capsys, tmp_path, vlm):
@@ -168,6 +171,7 @@ def test_bad_lines_never_end_it(monkeypatch, capsys, tmp_path, vlm):
         ("/nothing", "there is no command /nothing"),
         ("/stats", "nothing was answered to its end yet"),
         ("/reset now", "/reset takes nothing more"),
+        ("/exit now", "/exit takes nothing more"),
         ("/budget much", "/budget wants a share in (0, 1], got 'much'"),
         ("/budget 2", "budget must lie in (0, 1]"),
         ("/policy sparsemm", "sparsemm needs a head profile"),
@@ -345,7 +349,7 @@ def test_where_lines_are_kept(monkeypatch, where, tmp_path):
     for name, value in (("HYBRIDKV_HISTORY", where), ("XDG_STATE_HOME", "")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert chat.history_file() == (Path("own") if where else tmp_path / ".local/state/hybridkv/chat-history")
+    assert history_file() == (Path("own") if where else tmp_path / ".local/state/hybridkv/chat-history")
 
 
 def test_an_interrupt_on_a_pipe_is_the_end():
