@@ -17,6 +17,7 @@ from torch import Tensor
 from hybridkv import BudgetError, Engine, HeadProfile, HybridConfig, budgeted_plan
 from hybridkv.hf import HybridKVCache, calibrate
 from hybridkv.hf_inputs import layouts
+from hybridkv.hf_prompt import announced
 from hybridkv.model import Processor, from_pretrained
 from hybridkv.planning.policies import POLICIES
 from tests.hf_world import IMAGE, MODELS, NEW, TEXT, VIDEO, World, built, run, sharpen, text_ids
@@ -730,6 +731,28 @@ def test_spans_by_runs():
 @given(st.lists(st.lists(st.sampled_from([1, 2, IMAGE, VIDEO]), min_size=12, max_size=12), min_size=1, max_size=3))
 def test_spans_hold_pictures_and_no_text(rows):
     spans_of(rows)
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_one_other_token_is_noticed_in_the_chunk_that_holds_it(data):
+    """By its id, or by its embedding, in whatever chunks a prompt comes."""
+    batch, copies, tokens = (data.draw(st.integers(1, most)) for most in (3, 3, 40))
+    chunk, row, place = (data.draw(st.integers(0, most - 1)) for most in (tokens, batch * copies, tokens))
+    ids, table = text_ids(tokens, batch), torch.arange(200.0)[:, None].expand(200, data.draw(st.integers(1, 40)))
+    other = ids.repeat_interleave(copies, 0)
+    other[row, place] += 1
+    inputs = {"input_ids": ids} if data.draw(st.booleans()) else {"inputs_embeds": table[ids]}
+    known = announced(hf.PretrainedConfig(), inputs, HybridConfig(), None, copies)
+    for prompt, differs in ((ids.repeat_interleave(copies, 0), False), (other, True)):
+        for start in range(0, tokens, chunk + 1):
+            part = prompt[:, start : start + chunk + 1]
+            given = (part, None) if known.embeddings is None else (None, table[part])
+            if differs and start <= place < start + chunk + 1:
+                with pytest.raises(ValueError, match="another prompt"):
+                    known.check(*given, start)
+            else:
+                known.check(*given, start)
 
 
 def test_text_in_a_batch_with_pictures():
