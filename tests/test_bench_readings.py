@@ -42,6 +42,25 @@ def test_questions_about_a_text(llama, tmp_path):
     assert row["questions"] == 1 and row["budget"] == 0.5 and row["new_tokens_read"] < row["prompt_tokens"] - 200
 
 
+def test_the_table_of_times_is_in_the_rows():
+    table = (ROOT / "docs" / "readings.md").read_text(encoding="utf-8").split("## Measured")[1].split("Every later")[0]
+    made = []
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    said = [" | ".join(cell.strip() for cell in line.split("|")[2:9]) for line in lines]
+    for row in rows_of(ROOT / "bench" / "results" / "readings.jsonl"):
+        later = f"{row['next_s']:.3f} s ({row['first_s'] / row['next_s']:.0f}x sooner)"
+        right = ["-"] * 3
+        if "right" in row:
+            right = [
+                f"{row['right']:.0%} of {row['questions']}",
+                f"{row['right_again']:.0%}",
+                f"{row['right_kept']:.0%}",
+            ]
+        cells = [f"`{row['policy']}`", f"{row['first_s']:.2f} s", later, f"{row['again_s']:.2f} s", *right]
+        made.append(" | ".join(cells))
+    assert said == made
+
+
 def test_the_table_of_second_questions_is_in_the_rows():
     table = (ROOT / "docs" / "readings.md").read_text(encoding="utf-8").split("### A second question")[1]
     table = table.split("### Many")[0]

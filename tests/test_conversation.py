@@ -200,6 +200,9 @@ def test_options(monkeypatch, capsys, vlm, tmp_path):
     arguments += ["--system", "Be brief.", "--policy", "snapkv", "--max-new-tokens", "4", "--seed", "1"]
     out, err = lines(monkeypatch, capsys, arguments, "What?\nAnd?\n/stats\n")
     assert "(snapkv, budget 0.1" in err and out.count("\n") >= 2
+    held = re.search(r"[\d.]+ kB in host memory", err)[0]
+    _, err = lines(monkeypatch, capsys, [*arguments, "--int8-readings"], "What?\n")
+    assert held not in err and "kB in host memory" in err
     _, err = lines(monkeypatch, capsys, ["--model", "no/such/folder"], "", code=2)
     assert err.count("\n") == 1 and "error: " in err
     monkeypatch.setattr(sys, "stdin", None)
