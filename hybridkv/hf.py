@@ -7,7 +7,8 @@
     model.generate(**inputs, past_key_values=cache, max_new_tokens=256)
 
 Importing this module registers the name `hybridkv` with transformers, and does nothing else. What the model calls is in
-`hf_serving.py`, how the prompt is read in `hf_prefill.py`, what may be pruned of it in `hf_inputs.py`.
+`hf_serving.py`, whether the prompt is the right one in `hf_prompt.py`, how it is read in `hf_prefill.py`, what may be
+pruned of it in `hf_inputs.py`.
 """
 
 import weakref

@@ -69,6 +69,11 @@ class BatchPrefill:
         """Whether this chunk is the last one. What the model hides must be the padding that was announced."""
         batch = len(self.layouts)
         complete = self._check_sizes(k.shape[0], k.shape[2])
+        if not complete and self.announced.pictures and transformers_version() < IN_CHUNKS:
+            raise NotImplementedError(
+                f"transformers {transformers.__version__} can't read pictures in chunks: leave prefill_chunk_size out, "
+                f"or use transformers {IN_CHUNKS[0]}.{IN_CHUNKS[1]}"
+            )
         if complete and mask is not None:
             seen = mask[:, 0, -1, : self.announced.tokens]  # (B, T)
             pad = (~seen if seen.dtype == torch.bool else seen != 0).sum(-1).expand(batch).tolist()
@@ -84,11 +89,6 @@ class BatchPrefill:
                 "possible; for several answers to a prompt give num_return_sequences to the cache, too"
             )
         tokens, seen = self.announced.tokens, self.seen + new
-        if seen < tokens and self.announced.pictures and transformers_version() < IN_CHUNKS:
-            raise NotImplementedError(
-                f"transformers {transformers.__version__} can't read pictures in chunks: leave prefill_chunk_size out, "
-                f"or use transformers {IN_CHUNKS[0]}.{IN_CHUNKS[1]}"
-            )
         if seen > tokens or (seen < tokens and new == 1 and self.last > 1):
             raise ValueError(
                 f"the cache was made for prompts of {tokens} tokens, the model reads {seen} or more. If that is no "
