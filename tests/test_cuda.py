@@ -120,6 +120,11 @@ def test_a_reading_comes_over_the_bus(model, policy):
     assert engine.ask(reading, whole, 20) == engine.generate([whole], 20)[0]
     longer = engine.read(whole, reading, 2950)
     assert engine.ask(longer, whole, 20) == engine.generate([whole], 20)[0]
+    small = engine.read(whole, tokens=2900, int8=True)
+    assert all(not t.is_cuda and t.is_pinned() for part in (*small.k, *small.v) for t in (part.numbers, part.scale))
+    assert small.bytes < reading.bytes / 2 and len(engine.ask(small, whole, 20).token_ids) == 20
+    there, here = (small.k[1].to(torch.device(where)).cpu() for where in ("cuda", "cpu"))
+    torch.testing.assert_close(there, here)
 
 
 def test_a_question_holds_few_layers_of_its_reading():
