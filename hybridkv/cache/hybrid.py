@@ -26,7 +26,7 @@ from hybridkv.cache.pool import Pool
 from hybridkv.cache.recording import Recording
 from hybridkv.cache.retrieve import best_chunks, chunk_pages, page_of, select
 from hybridkv.cache.sketch import KeySketch
-from hybridkv.cache.store import DeviceStore, HostStore
+from hybridkv.cache.store import DeviceStore, HostStore, at_once
 from hybridkv.planning.plan import Plan
 from hybridkv.planning.prefill import Prefill
 
@@ -185,11 +185,13 @@ class HybridCache(nn.Module):
             there = self.store.there(pool, frames, k, columns)
             favour = self.store.favour(there)
         chosen = best_chunks(self.summary, *asking, count, columns, favour)  # (R, F) chunks
-        if self.recording is not None:
+        if self.recording is not None and not on_host:
             self.recording.note(nth, chosen)
         if on_host:
-            copied = self.store.fetch(pool, chosen, k, frames, first, there)
+            copied = self.store.fetch(pool, chosen, k, frames, first, there, at_once(count))
             self.fetched.index_add_(0, nth.view(1), copied[None].int())
+            if self.recording is not None:
+                self.recording.note(nth, pool.held[frames])
             return self._run(layer)
         row = of(layer, self.row)
         other = (row - 1).clamp(min=0)
@@ -348,7 +350,7 @@ class HybridCache(nn.Module):
         frames = chunk_pages(start, k, count)
         pool = self.layers[layer].pool
         there = self.store.there(pool, frames, k, columns)
-        self.store.fetch(pool, chosen, k, frames, first, there)
+        self.store.fetch(pool, chosen, k, frames, first, there, count)
 
     def new_chunks(self, steps: int) -> float | None:
         """Share of the chunks read in so many steps that had to be fetched; None if all are on the device."""

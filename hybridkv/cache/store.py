@@ -18,6 +18,12 @@ from hybridkv.cache.pool import Pool
 from hybridkv.cache.retrieve import page_of
 
 PAGE = 4096  # what memory is locked by
+FEW = 16  # frames of a lane that may all change hands in one step
+
+
+def at_once(frames: int) -> int:
+    """Of so many frames of a lane, how many may change hands in one step."""
+    return max(min(frames, FEW), frames // 2)
 
 
 class StoreError(MemoryError):
@@ -36,8 +42,8 @@ def marked(chunks: Tensor, meant: Tensor, columns: int) -> Tensor:
     return none.scatter(1, at, True)[:, :columns]
 
 
-def exchange(held: Tensor, chosen: Tensor, k: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """What each frame holds once the chosen chunks are in frames, and which frames that changes.
+def exchange(held: Tensor, chosen: Tensor, k: Tensor, there: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which frames change hands so that chosen chunks are in frames.
 
     A chosen chunk that is in a frame stays there. The n-th of the others takes the n-th frame that is not wanted.
 
@@ -45,20 +51,21 @@ def exchange(held: Tensor, chosen: Tensor, k: Tensor, there: Tensor) -> tuple[Te
         held: (R, F) chunk in each frame, -1 for none. chosen: (R, F) chunks, each once; of both the first k (R,) of a
             row are meant.
         there: (R, C) bool, the chunks that are in frames.
+        most: frames of a row that change hands at once. Chunks that it leaves out may come in a later step.
 
     Returns:
-        (R, F) chunks, those that are not meant as they were, and (R, F) bool.
+        columns of `held` (R, most), the chunks that go there (R, most), and how many of a row are meant (R,).
     """
     meant = entries(held, k)
     wanted = marked(chosen, meant, there.shape[1]).gather(1, held.clamp(min=0).long())
     stays = meant & (held >= 0) & wanted
     missing = meant & ~there.gather(1, chosen.long())
-    fresh = meant & ~stays  # as many as are missing
-    last = held.shape[1]
-    queue = torch.zeros_like(chosen[:, :1]).expand(-1, last + 1)
-    queue = queue.scatter(1, torch.where(missing, missing.cumsum(1) - 1, last), chosen)
-    given = queue.gather(1, (fresh.cumsum(1) - 1).clamp(min=0))
-    return torch.where(fresh, given.to(held), held), fresh
+    n = torch.arange(1, most + 1, device=held.device).repeat(len(held), 1)
+    last = held.shape[1] - 1  # where there is no n-th one
+    column, place = (
+        torch.searchsorted(each.cumsum(1), n).clamp(max=last) for each in (meant & ~stays, missing)
+    )  # as many of the one as of the other
+    return column, chosen.gather(1, place), missing.sum(1).clamp(max=most)
 
 
 class DeviceStore(nn.Module):
@@ -100,7 +107,9 @@ class HostStore(nn.Module):
         """What the mass of each chunk is multiplied by before the best are chosen, (R, C); None for nothing."""
         return None if self.stickiness == 1 else 1 + there * (self.stickiness - 1)
 
-    def fetch(self, pool: Pool, chosen: Tensor, k: Tensor, frames: Tensor, first: Tensor, there: Tensor) -> Tensor:
+    def fetch(
+        self, pool: Pool, chosen: Tensor, k: Tensor, frames: Tensor, first: Tensor, there: Tensor, most: int
+    ) -> Tensor:
         """Brings the chosen chunks into frames, and copies only those that are not in one yet.
 
         Args:
@@ -108,25 +117,24 @@ class HostStore(nn.Module):
             chosen: (R, F) chunks of each lane. frames: (R, F) pages of the pool. The first k (R,) of a row are meant.
             first: (R, 3) where each lane's chunks lie in the store, see `page_of`.
             there: as `there` says.
+            most: see `exchange`.
 
         Returns:
             (R,) how many were copied.
         """
-        held, fresh = exchange(pool.held[frames], chosen, k, there)
+        column, chunk, n = exchange(pool.held[frames], chosen, k, there, most)
+        copied = entries(column, n)
+        frame = torch.where(copied, frames.gather(1, column), 0)  # else the null page, which holds whatever
+        page = torch.where(copied, page_of(first, chunk), 0)
         offset = torch.arange(self.page_size, device=frames.device)
-
-        def slots(pages: Tensor) -> Tensor:  # of the null page where nothing is copied
-            return (torch.where(fresh, pages, 0)[..., None] * self.page_size + offset).flatten().long()
-
-        source, target = slots(page_of(first, held)), slots(frames)
-        read = fresh[..., None].expand(-1, -1, self.page_size).reshape(-1, 1).expand(-1, pool.keys.shape[-1])
-        for store, frame in ((self.keys, pool.keys), (self.values, pool.values)):
-            # A load under a mask: frames that stay cost nothing on the way from the host.
+        source, target = ((pages[..., None] * self.page_size + offset).flatten().long() for pages in (page, frame))
+        read = copied[..., None].expand(-1, -1, self.page_size).reshape(-1, 1).expand(-1, pool.keys.shape[-1])
+        for store, into in ((self.keys, pool.keys), (self.values, pool.values)):
+            # A load under a mask: what is not copied costs nothing on the way from the host.
             got = torch.ops.aten._unsafe_masked_index(store[0, 0], read, [source], 0.0)
-            frame.index_copy_(2, target, got[None, None])
-        changed = torch.where(fresh, frames, 0).flatten()  # the null page holds whatever
-        pool.held.index_copy_(0, changed, held.flatten().to(pool.held))
-        return fresh.sum(1)
+            into.index_copy_(2, target, got[None, None])
+        pool.held.index_copy_(0, frame.flatten().long(), chunk.flatten().to(pool.held))
+        return n
 
     def extra_repr(self) -> str:
         return f"{self.keys.nbytes + self.values.nbytes} bytes in host memory"
