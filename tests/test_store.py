@@ -5,6 +5,7 @@ import ctypes
 import math
 import re
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch._dynamo.utils import counters
 from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import Capacity, Engine, HybridCache, HybridConfig, Prefill, hybrid_plan
-from hybridkv.cache.store import PAGE, HostStore, StoreError, entries, exchange, host_tensor, marked
+from hybridkv.cache.store import PAGE, HostStore, StoreError, at_once, entries, exchange, host_tensor, marked
 from hybridkv.cli import one_line
 from tests.lab import (
     Bench,
@@ -106,11 +107,15 @@ def poison(cache: HybridCache) -> None:
     shape=shapes,
     stickiness=st.sampled_from([1.0, 1.1, 1000.0]),
     page_size=st.sampled_from([16, 32]),
+    few=st.sampled_from([1, 16]),
     steps=st.integers(1, 40),
     seed=st.integers(0, 999),
 )
-def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_size, steps, seed):
-    """After every step each frame holds its chunk bit for bit, and everything else is NaN meanwhile."""
+def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_size, few, steps, seed):
+    """After every step each frame holds its chunk bit for bit, and everything else is NaN meanwhile.
+
+    However few change hands at once: then it may be another one than was chosen.
+    """
     heads, group, dim = shape
     config = replace(HOST, budget=budget, stickiness=stickiness, page_size=page_size, keep_new=40)
     prefills = [
@@ -127,7 +132,9 @@ def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_
     for _ in range(steps):
         before = held.clone()
         counted = cache.fetched.clone()
-        for out, exact, bound in bench.step(group):
+        with patch("hybridkv.cache.store.FEW", few):
+            results = bench.step(group)
+        for out, exact, bound in results:
             assert ((out.double() - exact).abs().amax((1, 2)) <= bound).all()
         for layer, lane in places:
             for frame in (frames := frames_of(cache, layer, lane)):
@@ -138,7 +145,8 @@ def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_
             if frames:
                 at = row_of(cache, layer, lane)
                 new = int((held[frames] != before[frames]).sum())
-                assert new == int(cache.fetched[at] - counted[at])
+                assert new == int(cache.fetched[at] - counted[at]) <= at_once(cache.capacity.retrieve)
+                assert few > 1 or new <= max(1, cache.capacity.retrieve // 2)
         poison(cache)
     event(f"evictions {bool(cache.fetched.any())}, fewer frames than chunks {few}")
 
@@ -152,7 +160,7 @@ def test_frames_hold_what_the_table_says(masks, budget, shape, stickiness, page_
     seed=st.integers(0, 999),
 )
 def test_host_is_device_for_the_same_choice(masks, retrieval, shape, steps, seed):
-    """Without stickiness both choose the same chunks of the same plan, and read the same."""
+    """Without stickiness both choose the same chunks of the same plan, and read the same, if all may change hands."""
     heads, group, dim = shape
     config = replace(HOST, retrieval=retrieval, stickiness=1.0)
 
@@ -167,7 +175,9 @@ def test_host_is_device_for_the_same_choice(masks, retrieval, shape, steps, seed
     )
     assert host.cache.capacity.host and not device.cache.capacity.host
     for _ in range(steps):
-        for (ours, _, bound), (theirs, _, _) in zip(host.step(group), device.step(group), strict=True):
+        with patch("hybridkv.cache.store.FEW", 1000):
+            results = host.step(group)
+        for (ours, _, bound), (theirs, _, _) in zip(results, device.step(group), strict=True):
             assert ((ours - theirs).abs().amax((1, 2)) <= 2 * bound).all()
 
 
