@@ -15,11 +15,12 @@ case ${1:-} in
 esac
 results=${1:-bench/results}
 mkdir -p "$results" || exit 2
-shape=${SHAPE:---shape qwen2.5-vl-7b --dtype bfloat16} # SHAPE="--shape small --device cpu" proves the script on a CPU
+# SHAPE="--shape small --device cpu" LONG=2048 PATIENCE=10 proves the script on a CPU, which takes longer for each step.
+shape=${SHAPE:---shape qwen2.5-vl-7b --dtype bfloat16}
 long=${LONG:-32768}
 
 step() { # seconds, name, command...
-    local seconds=$1 name=$2
+    local seconds=$(($1 * ${PATIENCE:-1})) name=$2
     shift 2
     echo "=== $name"
     # Interrupted, pytest still says what has failed.
@@ -35,7 +36,7 @@ decode() { # seconds, name, options...: compiling takes 20 to 40 seconds a conte
 }
 
 ours="--contenders dense hybridkv --stores device host --retrieving-layers"
-nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
+command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
 python -c "import torch; print('torch', torch.__version__)"
 if [ "$how" = quick ]; then
     decode 140 decode-batch --contexts "$long" --batches 8 $ours 0.5
