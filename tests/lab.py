@@ -20,6 +20,21 @@ from hybridkv.planning.head_profile import HeadProfile
 GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+# Kernels of a layer that does not retrieve, and of one that does, by where the store is, on a GPU with torch 2.11.
+# Eight are the model's own; the goals are 13 and 20. (bench/NOTES.md has the lists.)
+KERNELS = {"device": (15, 22), "host": (15, 29)}
+
+
+def kernels_of_layers(capsys: pytest.CaptureFixture, store: str, *options: str) -> tuple[list[int], str]:
+    """What `bench.kernels` counts for a small model in bfloat16, fewest first, and all it prints."""
+    from bench import kernels
+
+    small = ["--hidden-size", "256", "--intermediate-size", "256", "--vocab-size", "128", "--dtype", "bfloat16"]
+    kernels.main(["--layers", "4", "--context", "2048", "--store", store, *small, *options])
+    out = capsys.readouterr().out
+    return sorted(int(line.split()[0]) for line in out.splitlines() if "kernels in a layer" in line), out
+
+
 def examples(n: int) -> settings:
     """So many of a property; with the profile `explore` (conftest.py) ten times as many."""
     return settings(max_examples=n * settings.default.max_examples // 100, deadline=None)

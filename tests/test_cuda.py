@@ -11,7 +11,7 @@ from hybridkv import Engine, HybridConfig
 from hybridkv.cache import attention
 from hybridkv.cache.attention import attend_gathered, attend_pages, kernel_options
 from hybridkv.cache.store import PAGE, HostStore, StoreError, lock
-from tests.lab import GPU, prompt
+from tests.lab import GPU, KERNELS, kernels_of_layers, prompt
 
 pytestmark = GPU
 
@@ -108,6 +108,13 @@ def test_a_step_neither_waits_nor_allocates(model, store):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.max_memory_allocated() - before < pool / 4
+
+
+@pytest.mark.parametrize("store", KERNELS)
+def test_a_layer_takes_no_more_kernels_than_without_a_gpu(store, capsys):
+    """As counted by `bench.kernels --as-gpu`, which tells the compiler that there is an H200."""
+    (other, retrieving), _ = kernels_of_layers(capsys, store)
+    assert other <= KERNELS[store][0] and retrieving <= KERNELS[store][1]
 
 
 @pytest.mark.parametrize("policy", ["hybridkv", "snapkv"])

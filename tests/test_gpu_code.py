@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench import gpu_code, kernels
+from bench import gpu_code
+from tests.lab import KERNELS, kernels_of_layers
 
 pytestmark = [
     pytest.mark.skipif(not gpu_code.can_write(), reason="torch was not built for CUDA"),
@@ -11,14 +12,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("store, retrieving", [("device", 22), ("host", 31)])
-def test_the_step_compiles_for_a_gpu(store, retrieving, capsys):
+@pytest.mark.parametrize("store", KERNELS)
+def test_the_step_compiles_for_a_gpu(store, capsys):
     """Every kernel of it; there may be fewer."""
-    small = ["--hidden-size", "256", "--intermediate-size", "256", "--vocab-size", "128", "--dtype", "bfloat16"]
-    kernels.main(["--layers", "4", "--context", "2048", "--as-gpu", "--store", store, *small])
-    out = capsys.readouterr().out
-    counts = sorted(int(line.split()[0]) for line in out.splitlines() if "kernels in a layer" in line)
-    assert len(counts) == 2 and counts[0] <= 15 and counts[1] <= retrieving
+    (other, retrieving), out = kernels_of_layers(capsys, store, "--as-gpu")
+    assert other <= KERNELS[store][0] and retrieving <= KERNELS[store][1]
     assert "kernels compile for the NVIDIA H200" in out and "flex_attention" in out
 
 
