@@ -82,11 +82,13 @@ def attend_pages(
         seq_lengths=(q.shape[2], slots),
         compute_q_blocks=False,
     )
-    # FlexAttention's CPU kernel misreads a query that is only a view, and a clone may be optimised away. Halving is
-    # exact and makes the query a tensor of its own; the scale takes it back.
-    options = None if q.is_cpu else kernel_options(page_size)
-    scale = 2 * q.shape[-1] ** -0.5
-    return flex_attention(q * 0.5, keys, values, block_mask=block_mask, scale=scale, kernel_options=options)
+    scale = q.shape[-1] ** -0.5
+    if q.is_cpu:
+        # FlexAttention's CPU kernel misreads a query that is only a view, and a clone may be optimised away. Halving is
+        # exact and makes the query a tensor of its own; the scale takes it back.
+        return flex_attention(q * 0.5, keys, values, block_mask=block_mask, scale=2 * scale)
+    options = kernel_options(page_size)
+    return flex_attention(q, keys, values, block_mask=block_mask, scale=scale, kernel_options=options)
 
 
 def kernel_options(page_size: int) -> dict[str, int]:
