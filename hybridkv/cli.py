@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hybridkv.decode import why_uncompiled
 from hybridkv.version import __version__
 
 try:
@@ -194,6 +195,9 @@ def can_compile(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return True
+    if why := why_uncompiled(device):
+        say(f"note: decoding runs uncompiled, which is slower: {why}")
+        return False
     try:
         torch.compile(lambda x: -x)(torch.zeros(1))
     except (RuntimeError, OSError) as e:  # Dynamo's errors are RuntimeErrors

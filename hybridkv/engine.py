@@ -18,6 +18,7 @@ plan it, no more than one layer of it is ever held in full; else no more than on
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from hybridkv.cache.dense import DenseCache
 from hybridkv.cache.hybrid import CacheBytes, HybridCache
 from hybridkv.cache.pack import Kept, keep
 from hybridkv.config import HybridConfig
-from hybridkv.decode import DecodeState, check_logits, compiled_step, decode_step
+from hybridkv.decode import DecodeState, check_logits, compiled_step, decode_step, why_uncompiled
 from hybridkv.fingerprint import fingerprint
 from hybridkv.launch import Steps
 from hybridkv.planning.plan import Plan, check_plan, full_plan
@@ -92,7 +93,7 @@ class Engine:
         policy: a name in `policies.POLICIES`, or a function from a `Prefill` to a `Plan`. `full` keeps everything, on
             the same pages; `dense` keeps everything in plain tensors read by SDPA. `quest` sets `config.retrieval`.
         eos: token ids that end an answer.
-        compile: False runs the same step uncompiled, with the same tokens.
+        compile: False runs the same step uncompiled, with the same tokens; so does a CPU with torch before 2.13.
         record: writes down what is kept and retrieved, for `report`, in a step that is compiled for that.
     """
 
@@ -348,7 +349,7 @@ class Engine:
         if len(times) > slow:
             typical = float(torch.tensor(times[slow:]).median())
             self.stats.ms_per_token = typical * 1e3
-            self.stats.compile_s = max(0.0, sum(times[:slow]) - slow * typical)
+            self.stats.compile_s = max(0.0, sum(times[:slow]) - slow * typical) if self.compile else 0.0
         if isinstance(self.cache, HybridCache):
             self.stats.bytes = self.cache.count_bytes()
 
@@ -374,8 +375,12 @@ class Engine:
 
     def _compile(self) -> None:
         """For a cache or state of a new size."""
+        device = next(self.cache.buffers()).device
+        if self.compile and (why := why_uncompiled(device)):
+            warnings.warn(f"the decoding step runs uncompiled, since {why}", stacklevel=2)
+            self.compile = False
         if self.compile:
-            self._decode_step = compiled_step(next(self.cache.buffers()).device)
+            self._decode_step = compiled_step(device)
 
     def ask(
         self,

@@ -24,7 +24,7 @@ from hybridkv.cache.capacity import Capacity, bucket
 from hybridkv.cache.hybrid import HybridCache
 from hybridkv.cache.pack import keep
 from hybridkv.config import HybridConfig
-from hybridkv.decode import CPU_OPTIONS
+from hybridkv.decode import CPU_OPTIONS, why_uncompiled
 from hybridkv.engine import Engine, Stats
 from hybridkv.hf_calibrate import calibrate
 from hybridkv.hf_prefill import BatchPrefill
@@ -284,7 +284,12 @@ def compile(model: PreTrainedModel) -> None:
 
     On GPUs it does so by itself, but is content with several graphs. Only caches that can be compiled are: this one is,
     transformers' `DynamicCache` is not. Settings for it are part of `model.generation_config`.
+
+    Raises:
+        ValueError: on a CPU, with torch before 2.13.
     """
+    if why := why_uncompiled(model.device):
+        raise ValueError(f"the decoding step can't be compiled: {why}")
     on_gpu = model.device.type == "cuda"
     how = {"mode": "reduce-overhead"} if on_gpu else {"mode": None, "options": CPU_OPTIONS}
     # Sliding layers of transformers count their tokens in Python: only as a dynamic number does that not recompile.

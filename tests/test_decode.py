@@ -78,6 +78,16 @@ def test_a_compressed_cache_is_not_the_full_cache(model):
     assert hybrid[0].token_ids != full[0].token_ids
 
 
+def test_a_torch_that_compiles_wrongly_for_cpus_is_not_let(model, monkeypatch):
+    prompts = [prompt(300, 0)]
+    expected = Engine(model, HybridConfig(budget=0.4), compile=False).generate(prompts, 3)
+    monkeypatch.setattr("hybridkv.decode.CPU_TORCH", "99")
+    engine = Engine(model, HybridConfig(budget=0.4))
+    with pytest.warns(UserWarning, match="runs uncompiled, since torch .* use torch 99 or later"):
+        assert engine.generate(prompts, 3) == expected
+    assert not engine.compile and engine.stats.compile_s == 0
+
+
 def test_stream_yields_none_for_ended_sequences(model):
     engine = Engine(model, policy="full", compile=False)
     steps = list(engine.stream([prompt(60, 0), prompt(70, 1)], [2, 5]))
