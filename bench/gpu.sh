@@ -44,18 +44,18 @@ measure() {
     command -v nvidia-smi > /dev/null && nvidia-smi --query-gpu=name,memory.total --format=csv,noheader
     python -c "import torch; print('torch', torch.__version__)"
     if [ "$how" = quick ]; then
-        decode 140 decode-batch --contexts "$long" --batches 8 $ours 0.5
-        decode 110 decode --contexts "$long" $ours 0.5
+        decode 140 decode-batch --contexts "$long" --batches 8 $ours 0.75
+        decode 110 decode --contexts "$long" $ours 0.75
         step 50 tests python -m pytest -vv --tb=short -m cuda tests/test_cuda.py
         return
     fi
-    decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.5
-    decode 120 decode --contexts "$long" $ours 0.5
+    decode 150 decode-batch --contexts "$long" --batches 8 $ours 0.75
+    decode 120 decode --contexts "$long" $ours 0.75
     step 90 tests python -m pytest -vv --tb=short -m cuda tests/test_cuda.py tests/test_hf_compiled.py tests/test_train.py
     # What a user buys hardware by: tokens a second of the largest batch that fits.
     step 150 throughput python -m bench.throughput $shape --context "$long" --memory "${MEMORY:-48GB}" --out "$results/throughput-cuda.jsonl"
     # Other options of the compiler: matmuls of one row as reductions, kernels that need not wait for each other in one launch.
-    decode 150 inductor --contexts "$long" --contenders dense hybridkv --stores device --retrieving-layers 0.5 \
+    decode 150 inductor --contexts "$long" --contenders dense hybridkv --stores device --retrieving-layers 0.75 \
         --inductor combo_kernels=1+coordinate_descent_tuning=1
     step 60 attention python -m bench.attention $shape --contexts "$long" --repeats 30 --kernels 15 \
         --contenders flex hybridkv --out "$results/attention-cuda.jsonl"
@@ -64,9 +64,9 @@ measure() {
     step 50 prefill python -m bench.prefill $shape --contexts 8192 "$long" --repeats 3 --out "$results/prefill-cuda.jsonl"
     step 100 memory python -m bench.memory $shape --contexts "$((long / 4))" "$long" --batches 1 2 --eager \
         --contenders dense "hybridkv ahead" --fits 24GB 48GB 80GB --out "$results/memory-cuda.jsonl"
-    step 60 readings python -m bench.reading_speed $shape --tokens "${READ:-30000}" --retrieving-layers 0.5 --out "$results/readings-cuda.jsonl"
+    step 60 readings python -m bench.reading_speed $shape --tokens "${READ:-30000}" --retrieving-layers 0.75 --out "$results/readings-cuda.jsonl"
     [ "$how" = all ] || return
-    decode 150 decode-quarter --contexts "$long" --batches 8 $ours 0.25
+    decode 150 decode-fewer --contexts "$long" --batches 8 $ours 0.5 0.25
     decode 150 decode-short --contexts 8192 --batches 8 $ours 1 0.5
     # A tenth of 32,768 tokens is about 3,277: how much longer does a step take that reads as many of a longer context?
     decode 120 decode-long --contexts 131072 --attended 3277 --contenders dense hybridkv

@@ -33,8 +33,8 @@ class HybridConfig:
         classifier: how heads are told apart: `focus` (see `LayerProfile`), `profile` (the offline head profile), or
             `threshold` (the paper's fixed one). What it was compared with is in `planning/variants.py`.
         retrieving_layers: share of the layers that dynamic heads may be in, the neediest by `head_profile`; without a
-            profile all of them. None takes half, and with the classifier `profile` all. Retrieval costs a layer its
-            kernels, however few of its heads use them.
+            profile all of them. None takes three quarters, and with the classifier `profile` all. Retrieval costs a
+            layer its kernels, however few of its heads use them.
         dynamic_share: share of KV heads, over all layers, that are dynamic, one at least unless it is 0; `threshold`
             does not look at it.
         threshold: a head is static when at least this share of its attention is settled once the prompt is read (see

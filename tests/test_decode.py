@@ -514,7 +514,7 @@ def deep():
         (dict(retrieving_layers=0.5, classifier="profile"), (False, True, True, False), 1),  # heads are known, too
         (dict(classifier="profile"), (False, True, True, False), 1),
         (dict(classifier="profile", dynamic_share=1), (True, True, True, True), 2),
-        (dict(), (False, True, True, False), 2),  # half of them
+        (dict(), (True, True, True, False), 2),  # three quarters of them
         (dict(retrieving_layers=1), (True, True, True, True), 2),
         (dict(retrieving_layers=0.5, head_profile=None), (True, True, True, True), 2),
         (dict(retrieving_layers=0.5, dynamic_share=0), (False, False, False, False), 0),

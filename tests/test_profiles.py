@@ -223,7 +223,7 @@ def test_the_command_measures_once_and_says_so(vlm, tmp_path, monkeypatch, capsy
         out, err = capsys.readouterr()
         assert err.count("note: measuring which layers") == err.count("\n") == notes
         layers.append(json.loads(out)["retrieving_layers"])
-    assert layers == [2, 0, 0, 1, 1]
+    assert layers == [2, 0, 0, 2, 2]
     assert [config.head_profile is not None for config in given] == [False, False, False, True, True]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

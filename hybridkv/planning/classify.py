@@ -12,7 +12,7 @@ from torch import Tensor
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.prefill import Prefill, window_probabilities, window_rows
 
-BY_DEFAULT = 0.5  # of the layers retrieve where a profile says which need it
+BY_DEFAULT = 0.75  # of the layers retrieve where a profile says which need it
 TOP_SHARE = 0.1  # of the prunable tokens are in a query's top set, for `overlap`
 
 
