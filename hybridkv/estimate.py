@@ -6,10 +6,10 @@
 
 The arithmetic is that of the cache itself: a plan is made for a prompt of so many tokens, and what its tensors would
 take is counted. A quarter of the heads is dynamic, in three quarters of the layers. `device` is held there by weights
-apart, room for new tokens included; `step` is what a step reads of the caches; `bus` is what a step fetches from host memory if
-`--new-chunks` of the chunks that it reads are new. With `--memory`: the largest batch of such prompts, and the longest
-prompts in such a batch that the model can read, that fit beside the weights. What a prefill needs for a moment comes
-on top: activations, and one layer's keys and values.
+apart, room for new tokens included; `step` is what a step reads of the caches; `bus` is what a step fetches from host
+memory if `--new-chunks` of the chunks that it reads are new. With `--memory`: the largest batch of such prompts, and
+the longest prompts in such a batch that the model can read, that fit beside the weights. What a prefill needs for a
+moment comes on top: activations, and one layer's keys and values.
 """
 
 import argparse
