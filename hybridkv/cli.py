@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from hybridkv.decode import why_uncompiled
 from hybridkv.version import __version__
 
 try:
@@ -193,6 +192,8 @@ def can_compile(device: torch.device) -> bool:
 
     Only for CPUs: there it takes a C++ compiler, on GPUs it brings its own.
     """
+    from hybridkv.decode import why_uncompiled
+
     if device.type != "cpu":
         return True
     if why := why_uncompiled(device):

@@ -46,7 +46,9 @@ def chat(vlm) -> tuple[torch.nn.Module, Processor]:
 
 
 def config(**chosen) -> HybridConfig:
-    return HybridConfig(**{"budget": 0.3, "strict": False, "head_profile": head_profile(2, 2)} | chosen)
+    return HybridConfig(
+        **{"budget": 0.3, "strict": False, "head_profile": head_profile(2, 2), "retrieving_layers": 0.5} | chosen
+    )
 
 
 class Watched(Engine):

@@ -30,7 +30,8 @@ def model():
 
 
 def config(**chosen) -> HybridConfig:
-    given = dict(budget=0.6, strict=False, store="host", head_profile=head_profile(*HEADS), stickiness=1.0)
+    known = dict(head_profile=head_profile(*HEADS), retrieving_layers=0.5)
+    given = dict(budget=0.6, strict=False, store="host", stickiness=1.0) | known
     return HybridConfig(**given | chosen)
 
 
