@@ -135,6 +135,18 @@ def test_planned_before_or_after_reading_the_cache_is_the_same(model, tiles, pol
         assert torch.equal(a, b), name
 
 
+@torch.no_grad()
+def test_a_record_holds_keys_and_values_and_no_more():
+    """They come out of one matmul with the queries, which are many times as large."""
+    model, asked = random_model(tiny_config(layers=2, heads=6, kv_heads=2, head_dim=16, hidden_size=96)), prompt(300, 0)
+    model.join()
+    record = Prefill(asked.prunable, HybridConfig())
+    model.prefill(asked, record)
+    for layer in record.layers:
+        for t in (layer.k, layer.v):
+            assert t.untyped_storage().nbytes() == t.nbytes
+
+
 @pytest.mark.parametrize(
     "policy, layers, prompts_held",
     [("hybridkv", 1, 0), ("dense", 1, 0), ("full", 1, 0), ("snapkv", 1, 0), ("adakv", 2, 1)],

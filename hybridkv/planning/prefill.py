@@ -118,6 +118,11 @@ def profile_layer(q: Tensor, k: Tensor, v: Tensor, prunable: Tensor, window: Win
     return LayerProfile(k, v, q[:, len(window.reading) :], *map(torch.stack, (score, mean, mass, focus)))
 
 
+def owned(t: Tensor) -> Tensor:
+    """The same numbers in memory of their own: a part of a joined projection would keep the whole of it."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone(memory_format=torch.contiguous_format)
+
+
 class NotRead(RuntimeError):
     """A layer was asked for of a prompt that is planned before it is read."""
 
@@ -197,7 +202,7 @@ class Prefill:
             q: (Hq, N + A, D), the queries of `Window.rows`. k, v: (H, T, D).
         """
         self._expect(layer, k)
-        self.layers.append(profile_layer(q, k, v, self.prunable, self.window))
+        self.layers.append(profile_layer(q, owned(k), owned(v), self.prunable, self.window))
         if self.on_layer:
             self.on_layer()
 
