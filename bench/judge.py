@@ -176,6 +176,11 @@ def decode(
     return [row[:limit] for row in likeliest], [torch.stack(rows) for rows in logits]
 
 
+def divergence(want: Tensor, got: Tensor) -> Tensor:
+    """KL of the second distribution from the first, both log-probabilities (N, V): (N,) nats."""
+    return (want.exp() * (want - got)).sum(-1)
+
+
 def cut(tokens: list[int], eos: Sequence[int], limit: int) -> list[int]:
     """Up to the end token or the limit, the end token left out."""
     ends = [i for i, token in enumerate(tokens) if token in eos]
@@ -218,7 +223,7 @@ class Lab:
             engine = Engine(self.model, config, variant.policy, eos, compile=False)
             tokens, logits = decode(engine, read, cases, path)
             kl = [
-                float((want.exp() * (want - rows[: len(want)].log_softmax(-1))).sum(-1).mean())
+                float(divergence(want, rows[: len(want)].log_softmax(-1)).mean())
                 for want, rows in zip(reference, logits, strict=True)
             ]
             del logits

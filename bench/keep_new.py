@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import write_row
-from bench.judge import Lab, load_lab
+from bench.judge import Lab, divergence, load_lab
 from bench.long_answers import stretches
 from bench.tasks import ITEMS, PEOPLE, filler, program
 from hybridkv.cache.capacity import Capacity, Costs
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 costs = Costs.of(prefill.config, lab.model.cfg.head_dim, lab.model.dtype)
                 full = full_bytes(plan.tokens + len(answer), plan.n_read.numel(), costs, plan.page_size)
                 device = Capacity.of([kept], len(answer)).device_bytes(costs, plan.n_read.shape[1])
-                kl, agrees = (want.exp() * (want - got)).sum(-1), (want.argmax(-1) == got.argmax(-1)).double()
+                kl, agrees = divergence(want, got), (want.argmax(-1) == got.argmax(-1)).double()
                 each = {"answer": len(answer), "device_bytes": device, "full_bytes": full}
                 for name, of in (("kl", kl), ("agrees", agrees)):
                     each[name] = [float(of[a:b].mean()) for a, b in stretches(len(answer))]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.common import write_row
-from bench.judge import Lab, Variant, again, load_lab, variants_at
+from bench.judge import Lab, Variant, again, divergence, load_lab, variants_at
 from bench.tasks import Case, make_case
 from hybridkv.engine import Engine, Sampling
 
@@ -46,7 +46,7 @@ def follow(lab: Lab, case: Case, variants: Sequence[Variant], new_tokens: int) -
         want, *others = steps
         token = want.index_fill(-1, torch.tensor(eos), float("-inf")).argmax(-1)
         for i, got in enumerate(others):
-            kl[i].append(float((want.exp() * (want - got)).sum()))
+            kl[i].append(float(divergence(want, got).sum()))
             agrees[i].append(bool((got.argmax(-1) == want.argmax(-1)).all()))
     caches = [engine.cache.count_bytes() for engine in engines[1:]]
     full = [held.full * (1 + new_tokens / len(case.prompt.input_ids)) for held in caches]

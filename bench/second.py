@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.common import cpu_name, write_row
-from bench.judge import Lab, Read, cut, decode, load_lab
+from bench.judge import Lab, Read, cut, decode, divergence, load_lab
 from bench.readings import POLICY, Asked, Kept, LabOnReading, board_questions, text_questions
 from bench.report import bootstrap
 from bench.tasks import Case
@@ -32,12 +32,6 @@ from hybridkv.int8 import Int8
 from hybridkv.planning.policies import POLICIES
 
 WAYS = ("anew", "kept", "int8")
-
-
-def divergence(want: Tensor, got: Tensor) -> float:
-    """KL of the second distribution from the first, both logits (N, V), in nats a token."""
-    want, got = want.log_softmax(-1), got[: len(want)].log_softmax(-1)
-    return float((want.exp() * (want - got)).sum(-1).mean())
 
 
 class Subject:
@@ -74,8 +68,13 @@ class Subject:
             if cut(tokens, self.eos, len(self.path) + 1) != self.path:
                 (tokens,), _ = decode(engine, read, [self.second])  # following its own tokens, it goes elsewhere
             text = self.lab.processor.decode(cut(tokens, self.eos, self.second.limit))
-            row |= {f"right_{way}": self.second.right(text), f"kl_{way}": divergence(self.logits, logits[way])}
-        return row | {"kl_rounded": divergence(logits["anew"][: len(self.path)], logits["int8"])}
+            row |= {f"right_{way}": self.second.right(text), f"kl_{way}": self._from(self.logits, logits[way])}
+        return row | {"kl_rounded": self._from(logits["anew"], logits["int8"])}
+
+    def _from(self, want: Tensor, got: Tensor) -> float:
+        """KL along the path, both logits (N, V), in nats a token."""
+        want = want[: len(self.path)].log_softmax(-1)
+        return float(divergence(want, got[: len(want)].log_softmax(-1)).mean())
 
 
 def questions(lab: Lab, tokens: int, index: int, task: str) -> list[Asked]:

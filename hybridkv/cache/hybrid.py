@@ -278,10 +278,11 @@ class HybridCache(nn.Module):
                 getattr(self, name)[n, : len(lane)] = tables[name][layer, lane].to(self.lane)
             found = torch.stack([tables[name][layer, lane] for name in runs], 1).to(self.lane)  # (rows, 3) or (rows, 1)
             self.runs[n, : len(lane)] = found.view(len(lane), *self.runs.shape[2:])
-        for layer, each in enumerate(self.layers):
-            if self.capacity.host:
-                each.pool.held.fill_(-1)
-            elif self.capacity.shifted:
+        if self.capacity.host:
+            for pool in self.pools:
+                pool.held.fill_(-1)
+        elif self.capacity.shifted:
+            for layer, each in enumerate(self.layers):
                 each.pool.before.fill_(int(self._placement.before[layer].max()))
         if self.recording is not None:
             self.recording.begin(plans)
