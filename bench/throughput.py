@@ -20,7 +20,7 @@ import torch
 from bench.common import add_model_arguments, describe, make_model, random_prefill, write_row
 from bench.decode import WARM_UP, Contender
 from hybridkv.cache.attention import PoolError
-from hybridkv.cache.capacity import bucket
+from hybridkv.cache.dense import dense_slots
 from hybridkv.cache.pack import keep
 from hybridkv.cache.store import StoreError
 from hybridkv.config import HybridConfig
@@ -41,7 +41,7 @@ def room_for(
     token = asked.full().step_bytes // context
     left = limit * (1 - SPARE) - weight_bytes(model.cfg, model.dtype) - context * token
     if policy == "dense":
-        return max(0, int(left // (bucket(context + new_tokens) * token)))
+        return max(0, int(left // (dense_slots(context + new_tokens) * token)))
     ours = Question(model.cfg, config, model.dtype, context, 8, new_tokens).ours()
     fits = int(left // (ours.device_bytes / 8))
     return max(0, min(fits, int(host_limit // (ours.host_bytes / 8))) if ours.host_bytes else fits)

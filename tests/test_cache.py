@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hybridkv import BudgetError, Capacity, HybridCache, HybridConfig, Prefill, full_plan, hybrid_plan
 from hybridkv.cache.capacity import bucket
+from hybridkv.cache.dense import dense_slots
 from hybridkv.cache.hybrid import LANE_TABLES, ROW_TABLES
 from hybridkv.cache.sketch import encode, from_words
 from tests.lab import (
@@ -349,3 +350,9 @@ def test_load_frees_the_dense_tensors_and_checks_its_arguments():
 def test_bucket_wastes_at_most_an_eighth(n):
     assert n <= bucket(n) <= n * 9 / 8 + 1
     assert bucket(bucket(n)) == bucket(n)
+
+
+@given(st.integers(1, 10**7))
+def test_the_full_cache_that_ours_is_compared_with_reads_hardly_more_than_its_tokens(n):
+    assert n <= dense_slots(n) <= n * 65 / 64 + 15 and dense_slots(n) % 16 == 0
+    assert dense_slots(dense_slots(n)) == dense_slots(n)

@@ -18,6 +18,14 @@ from hybridkv.planning.plan import Plan
 from hybridkv.planning.prefill import Prefill
 
 
+def dense_slots(tokens: int) -> int:
+    """Slots for so many tokens: at most a sixty-fourth more, or 15, since a step reads all slots.
+
+    Prompts of nearly the same length share a compiled step all the same. Kernels want masks of aligned rows.
+    """
+    return -(-bucket(tokens, 6) // 16) * 16
+
+
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """The group's query heads as query rows. q (B, Hq, 1, D); keys, values (B, H, S, D); mask (B, 1, 1, S)."""
     rows = rearrange(q, "b (h g) 1 d -> b h g d", h=keys.shape[1])
@@ -57,12 +65,12 @@ class DenseLayer(nn.Module):
 
 
 class DenseCache(nn.Module):
-    """A full cache of `batch` sequences with room for `slots` tokens each (rounded up to a bucket)."""
+    """A full cache of `batch` sequences with room for `slots` tokens each, rounded up: see `dense_slots`."""
 
     def __init__(self, slots: int, batch: int, like: Prefill):
         super().__init__()
         layers, self.heads = like.shape
-        self.batch, self.slots = batch, bucket(slots)
+        self.batch, self.slots = batch, dense_slots(slots)
         lanes = batch * self.heads
         self.layers = nn.ModuleList(DenseLayer(self, lanes * self.slots, like.like) for _ in range(layers))
         length = torch.zeros(batch, dtype=torch.int64, device=like.like.device)
