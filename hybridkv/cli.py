@@ -192,7 +192,7 @@ def can_compile(device: torch.device) -> bool:
 
     Only for CPUs: there it takes a C++ compiler, on GPUs it brings its own.
     """
-    from hybridkv.decode import why_uncompiled  # not above, where a lost link to the model is to be said first
+    from hybridkv.cache.attention import why_uncompiled  # not above, where a lost link to the model is to be said first
 
     if device.type != "cpu":
         return True

@@ -13,10 +13,6 @@ from hybridkv.sampling import sample
 # Else the compile cache on disk would refuse graphs with a loop (`retrieve.best_chunks`). Its key covers their bodies.
 CPU_OPTIONS = {"unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": torch.__version__}}
 
-# Before, the compiler for CPUs fuses loops of a step so that a table is written before its old contents were read
-# (seen with 2.11, two sequences: `fill` in `HybridCache.advance`). Its code for GPUs is right.
-CPU_TORCH = "2.13"
-
 
 class DecodeState(nn.Module):
     """What a step reads and writes beside the cache. Buffers, so that CUDA graphs can keep their addresses."""
@@ -64,13 +60,6 @@ def check_logits(logits: Tensor, batch: int, method: str) -> None:
             f"model.{method} must return logits ({batch}, V), one row for each sequence's next token, got "
             f"{tuple(logits.shape)}"
         )
-
-
-def why_uncompiled(device: torch.device) -> str | None:
-    """Why a compiled step would be wrong there; None if it is right."""
-    if device.type != "cpu" or torch.__version__ >= CPU_TORCH:
-        return None
-    return f"torch {torch.__version__} compiles it wrongly for CPUs: use torch {CPU_TORCH} or later"
 
 
 def compiled_step(device: torch.device) -> Callable[..., Tensor]:

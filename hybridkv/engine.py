@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hybridkv.cache.attention import check_pool
+from hybridkv.cache.attention import check_pool, why_uncompiled
 from hybridkv.cache.capacity import Capacity, bucket
 from hybridkv.cache.dense import DenseCache
 from hybridkv.cache.hybrid import CacheBytes, HybridCache
 from hybridkv.cache.pack import Kept, keep
 from hybridkv.config import HybridConfig
-from hybridkv.decode import DecodeState, check_logits, compiled_step, decode_step, why_uncompiled
+from hybridkv.decode import DecodeState, check_logits, compiled_step, decode_step
 from hybridkv.fingerprint import fingerprint
 from hybridkv.launch import Steps
 from hybridkv.planning.plan import Plan, check_plan, full_plan

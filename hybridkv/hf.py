@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedModel
 
-from hybridkv.cache.attention import check_pool
+from hybridkv.cache.attention import check_pool, why_uncompiled
 from hybridkv.cache.capacity import Capacity, bucket
 from hybridkv.cache.hybrid import HybridCache
 from hybridkv.cache.pack import keep
 from hybridkv.config import HybridConfig
-from hybridkv.decode import CPU_OPTIONS, why_uncompiled
+from hybridkv.decode import CPU_OPTIONS
 from hybridkv.engine import Engine, Stats
 from hybridkv.hf_calibrate import calibrate
 from hybridkv.hf_prefill import BatchPrefill

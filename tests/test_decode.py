@@ -18,7 +18,9 @@ from demo.tiny_vlm import config as tiny_config
 from demo.tiny_vlm import random_model
 from hybridkv import (
     BudgetError,
+    Capacity,
     Engine,
+    HybridCache,
     HybridConfig,
     Plan,
     Prefill,
@@ -35,7 +37,7 @@ from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import static_score
 from hybridkv.planning.policies import POLICIES
 from hybridkv.sampling import sample
-from tests.lab import examples, prompt
+from tests.lab import examples, prompt, random_prefill
 
 NANOGPT = Path(__file__).parent.parent / "examples" / "nanogpt.py"
 
@@ -81,11 +83,24 @@ def test_a_compressed_cache_is_not_the_full_cache(model):
 def test_a_torch_that_compiles_wrongly_for_cpus_is_not_let(model, monkeypatch):
     prompts = [prompt(300, 0)]
     expected = Engine(model, HybridConfig(budget=0.4), compile=False).generate(prompts, 3)
-    monkeypatch.setattr("hybridkv.decode.CPU_TORCH", "99")
+    monkeypatch.setattr("hybridkv.cache.attention.COMPILES_FOR_CPUS", False)
     engine = Engine(model, HybridConfig(budget=0.4))
-    with pytest.warns(UserWarning, match="runs uncompiled, since torch .* use torch 99 or later"):
+    with pytest.warns(UserWarning, match="runs uncompiled, since torch .* use torch 2.13 or later"):
         assert engine.generate(prompts, 3) == expected
     assert not engine.compile and engine.stats.compile_s == 0
+
+
+def test_nor_is_a_step_of_ones_own(monkeypatch):
+    """Without `Engine`, as in examples/nanogpt.py: compiled there, it would give other tokens without a word."""
+    prefill = random_prefill(HybridConfig(budget=0.5), 1, (2, 2, 100, 16), torch.arange(100) < 90, 0, torch.float32)
+    cache = HybridCache(Capacity.of([full_plan(prefill)], 2), 1, prefill)
+    active = torch.ones(1, dtype=torch.bool)
+    step = torch.compile(lambda: cache.advance(active), backend="eager", fullgraph=True)
+    step()
+    monkeypatch.setattr("hybridkv.cache.attention.COMPILES_FOR_CPUS", False)
+    cache.advance(active)
+    with pytest.raises(RuntimeError, match=r"can't be compiled: torch .* use torch 2\.13 or later"):
+        torch.compile(lambda: cache.advance(active), backend="eager", fullgraph=True)()
 
 
 def test_stream_yields_none_for_ended_sequences(model):

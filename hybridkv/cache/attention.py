@@ -13,6 +13,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 Q_BLOCK = 128  # query rows a block of the mask stands for; a group is far smaller
 WIDE = 1 << 31  # from so many numbers on, kernels for GPUs count in 64 bits
 
+# Before, the compiler for CPUs fuses loops of a step so that a table is written before its old contents were read
+# (seen with 2.11, two sequences: `fill` in `HybridCache.advance`). Its code for GPUs is right.
+COMPILES_FOR_CPUS = torch.__version__ >= "2.13"
+
 
 class PoolError(ValueError):
     """A pool that compiled attention can't read."""
@@ -34,6 +38,13 @@ def check_pool(numbers: int, device: torch.device) -> None:
             f"{WIDE:,} with torch {torch.__version__}: use torch 2.13, fewer or shorter prompts, a smaller budget, "
             "policy 'dense', or no compiling"
         )
+
+
+def why_uncompiled(device: torch.device) -> str | None:
+    """Why a compiled step would be wrong there; None if it is right."""
+    if device.type != "cpu" or COMPILES_FOR_CPUS:
+        return None
+    return f"torch {torch.__version__!s} compiles it wrongly for CPUs: use torch 2.13 or later"
 
 
 def attend_pages(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hybridkv.cache.attention import attend_pages
+from hybridkv.cache.attention import attend_pages, why_uncompiled
 from hybridkv.cache.bounds import KeyBounds
 from hybridkv.cache.capacity import Capacity, Costs
 from hybridkv.cache.cost import CacheBytes, count_bytes
@@ -217,7 +217,12 @@ class HybridCache(nn.Module):
 
         A full tail page is closed: it joins what the lane always reads, or its chunks if the lane retrieves, and the
         next page becomes the tail. A sequence that is not active writes over its last slot until it is replaced.
+
+        Raises:
+            RuntimeError: a compiled step would be wrong here.
         """
+        if torch.compiler.is_compiling() and (why := why_uncompiled(self.fill.device)):
+            raise RuntimeError(f"the decoding step can't be compiled: {why}")
         if self.capacity.retrieve:
             page = page_of(self.runs.flatten(0, 1), self.n_chunks.flatten()[:, None])  # (N R, 1): behind the chunks
             self.last.copy_(page.view_as(self.last) * self.page_size + self._of_rows(self.fill))
