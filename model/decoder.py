@@ -19,6 +19,8 @@ from hybridkv.model.vision import VisionTower
 
 LayerKV = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+SLICE = 2048  # tokens of a prompt that go through a feed-forward layer at once
+
 
 class PromptLike(Protocol):
     """What the model reads; `hybridkv.model.processing.Processor` makes one."""
@@ -74,6 +76,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: LayerKV) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv)
+        if x.shape[1] <= SLICE:
+            return self.feed_forward(x)
+        # Else what a long prompt needs for a moment would be several times what the cache keeps of it.
+        return torch.cat([self.feed_forward(part) for part in x.split(SLICE, 1)], 1)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -143,7 +151,7 @@ class Model(nn.Module):
         visual = (ids == cfg.image_token_id) | (ids == cfg.video_token_id)
         if visual.any():
             patches, grids = self._unseen(prompt, int(visual.sum()))
-            seen = self.visual(patches.to(self.device), grids)
+            seen = self.visual(patches, grids)
             x = x.masked_scatter(visual[:, None], seen.to(x.dtype))
         return x[None], positions[:, None]
 

@@ -16,6 +16,8 @@ from hybridkv.model.rope import inverse_frequencies, rotate
 
 RunGroups = list[Tensor]  # each (n_runs, run_length): the rows of all attention runs of one length
 
+PART = 1 << 15  # patches that are looked at together, if they are of several frames: more are no faster, and take memory
+
 
 class PatchEmbed(nn.Module):
     def __init__(self, cfg: VisionConfig):
@@ -129,6 +131,20 @@ def layout(grids: list[tuple[int, int, int]], cfg: VisionConfig) -> Layout:
     return Layout(torch.cat(order), torch.cat(positions, 1), _group_runs(window_lengths), _group_runs(frame_lengths))
 
 
+def in_parts(grids: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Images and videos in parts of up to PART patches, one frame at least. No frame looks at another."""
+    parts, room = [], 0
+    for t, h, w in grids:
+        while t:
+            if room < h * w:
+                parts.append([])
+                room = max(PART, h * w)
+            frames = min(t, room // (h * w))
+            parts[-1].append((frames, h, w))
+            t, room = t - frames, room - frames * h * w
+    return parts
+
+
 class VisionTower(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -141,12 +157,19 @@ class VisionTower(nn.Module):
         """Embeddings of all inputs, one after the other.
 
         Args:
-            patches: (N, patch_dim) normalised pixels, merge units side by side.
+            patches: (N, patch_dim) normalised pixels, merge units side by side, on whatever device.
             grids: (t, h, w) in patches of each image or video.
 
         Returns:
             (N / merge**2, out_hidden_size)
         """
+        parts = in_parts(grids)
+        sizes = [sum(t * h * w for t, h, w in part) for part in parts]
+        device = self.patch_embed.proj.weight.device
+        return torch.cat([self.look(p.to(device), g) for p, g in zip(patches.split(sizes), parts, strict=True)])
+
+    def look(self, patches: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
+        """`forward` for what is looked at together."""
         plan = layout(grids, self.cfg)
         device = patches.device
         order, positions = plan.order.to(device), plan.positions.to(device)

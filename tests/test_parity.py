@@ -17,7 +17,7 @@ from PIL import Image
 from demo import tiny_vlm
 from hybridkv import Engine, HybridConfig
 from hybridkv.hf_prefill import transformers_version
-from hybridkv.model import Model, Processor, Prompt, from_pretrained
+from hybridkv.model import Model, Processor, Prompt, decoder, from_pretrained, vision
 from hybridkv.model.rope import prompt_positions
 
 TOLERANCE = 1e-4  # on logits of about unit size
@@ -112,7 +112,12 @@ WHOLE_SECONDS = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=WHOLE_SECONDS if name == "image and video" else ()) for name in PROMPTS]
 )
-def test_logits(pair, name):
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
+def test_logits(pair, name, parts, monkeypatch):
+    """Also where tokens go through feed-forward layers in slices, and frames are looked at in parts."""
+    if parts:
+        monkeypatch.setattr(decoder, "SLICE", 7)
+        monkeypatch.setattr(vision, "PART", 40)
     reference, model, processor = pair
     prompt = processor(**PROMPTS[name])
     skip_fractions(*prompt.seconds_per_grid)

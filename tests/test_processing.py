@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hybridkv.model import CheckpointError, InputError, Processor
 from hybridkv.model.rope import prompt_positions
+from hybridkv.model.vision import PART, in_parts
 from tests.test_pictures import picture
 
 FIELD = Path(__file__).parent / "field"
@@ -234,3 +237,14 @@ def test_placeholders_must_match_the_inputs(visual, grids):
     ids = torch.tensor([0, *[IMAGE] * visual, 0])
     with pytest.raises(ValueError, match="placeholders"):
         prompt_positions(ids, IMAGE, VIDEO, grids, [0.0] * len(grids), merge=2, tokens_per_second=2)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=6))
+def test_many_pictures_and_long_videos_are_looked_at_in_parts(grids):
+    parts = in_parts(grids)
+    frames = [(h, w) for part in parts for t, h, w in part for _ in range(t)]
+    assert frames == [(h, w) for t, h, w in grids for _ in range(t)]  # each frame once, in their order
+    sizes = [sum(t * h * w for t, h, w in part) for part in parts]
+    for part, size, following in zip(parts, sizes, [*parts[1:], None], strict=True):
+        assert size <= PART or [t for t, _, _ in part] == [1]
+        assert following is None or size + following[0][1] * following[0][2] > PART  # no more parts than it takes
