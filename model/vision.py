@@ -16,7 +16,7 @@ from hybridkv.model.rope import inverse_frequencies, rotate
 
 RunGroups = list[Tensor]  # each (n_runs, run_length): the rows of all attention runs of one length
 
-PART = 1 << 15  # patches that are looked at together, if they are of several frames: more are no faster, and take memory
+PART = 1 << 15  # patches of several frames that are looked at together: more are no faster, and take memory
 
 
 class PatchEmbed(nn.Module):

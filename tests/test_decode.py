@@ -33,6 +33,7 @@ from hybridkv import (
 from hybridkv.cache import hybrid
 from hybridkv.cache.attention import WIDE, check_pool
 from hybridkv.cache.pack import keep
+from hybridkv.model import decoder
 from hybridkv.planning.head_profile import HeadProfile
 from hybridkv.planning.plan import static_score
 from hybridkv.planning.policies import POLICIES
@@ -160,6 +161,20 @@ def test_a_record_holds_keys_and_values_and_no_more():
     for layer in record.layers:
         for t in (layer.k, layer.v):
             assert t.untyped_storage().nbytes() == t.nbytes
+
+
+@torch.no_grad()
+def test_long_prompts_go_through_feed_forward_layers_in_slices(model, monkeypatch):
+    """What they need there for a moment is several times what a layer's keys and values take."""
+    asked, seen = prompt(150, 0), []
+    whole, position = model.prefill(asked, Prefill(asked.prunable, HybridConfig()))
+    monkeypatch.setattr(decoder, "SLICE", 64)
+    for block in model.layers:
+        monkeypatch.setattr(block.mlp, "forward", lambda x, of=block.mlp.forward: seen.append(x.shape[1]) or of(x))
+    logits, other = model.prefill(asked, Prefill(asked.prunable, HybridConfig()))
+    assert seen == [64, 64, 22] * len(model.layers)
+    torch.testing.assert_close(logits, whole)
+    assert position == other
 
 
 @pytest.mark.parametrize(
