@@ -258,6 +258,7 @@ class Engine:
         if self.policy == "dense":
             slots = max(plan.tokens for plan in plans) + new_tokens
             if not fits or self.cache.slots < slots:
+                slots = bucket(slots) if fits else slots  # prompts grow, and each further size would be compiled anew
                 self.cache = None  # free the old tensors before new ones are made
                 self.cache = DenseCache(slots, batch, like)
                 self._compile()

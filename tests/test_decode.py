@@ -32,6 +32,8 @@ from hybridkv import (
 )
 from hybridkv.cache import hybrid
 from hybridkv.cache.attention import WIDE, check_pool
+from hybridkv.cache.capacity import bucket
+from hybridkv.cache.dense import dense_slots
 from hybridkv.cache.pack import keep
 from hybridkv.model import decoder
 from hybridkv.planning.head_profile import HeadProfile
@@ -161,6 +163,17 @@ def test_a_record_holds_keys_and_values_and_no_more():
     for layer in record.layers:
         for t in (layer.k, layer.v):
             assert t.untyped_storage().nbytes() == t.nbytes
+
+
+def test_a_dense_cache_that_has_to_grow_gets_room_to_spare(model):
+    engine = Engine(model, policy="dense", compile=False)
+    engine.generate([prompt(400, 0)], 4)
+    assert engine.cache.slots == dense_slots(404)
+    engine.generate([prompt(500, 0)], 13)
+    grown = engine.cache
+    assert grown.slots == bucket(513) > dense_slots(513)
+    engine.generate([prompt(540, 0)], 4)
+    assert engine.cache is grown
 
 
 @torch.no_grad()
