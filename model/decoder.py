@@ -19,7 +19,7 @@ from hybridkv.model.vision import VisionTower
 
 LayerKV = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-SLICE = 2048  # tokens of a prompt that go through a feed-forward layer at once
+SLICE = 1024  # tokens of a prompt that go through all of a layer but attention at once
 
 
 class PromptLike(Protocol):
@@ -29,6 +29,11 @@ class PromptLike(Protocol):
     patches: Tensor | None  # (N, patch_dim) of all images and videos, in the order of the prompt
     grids: list[tuple[int, int, int]]
     seconds_per_grid: list[float]
+
+
+def whole(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """What was made in slices, in one piece."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -47,9 +52,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_dim, cfg.hidden_size, bias=False)
         self.qkv = Joined(self.q_proj, self.k_proj, self.v_proj)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: LayerKV) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, Hq, T, D), k and v (B, H, T, D) of x (B, T, C), positions applied."""
         q, k, v = (rearrange(y, "b t (h d) -> b h t d", d=self.head_dim) for y in self.qkv(x))
-        out = kv(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, out: Tensor) -> Tensor:
+        """(B, T, C) of what was attended to, (B, Hq, T, D)."""
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -75,14 +84,13 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv: LayerKV) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv)
-        if x.shape[1] <= SLICE:
-            return self.feed_forward(x)
-        # Else what a long prompt needs for a moment would be several times what the cache keeps of it.
-        return torch.cat([self.feed_forward(part) for part in x.split(SLICE, 1)], 1)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """x (B, T, C) -> (B, T, C). In slices: else a long prompt needs for a moment far more than its cache takes."""
+        slices = zip(x.split(SLICE, 1), cos.split(SLICE, 2), sin.split(SLICE, 2), strict=True)
+        parts = [self.self_attn.project(self.input_layernorm(part), *angles) for part, *angles in slices]
+        q, k, v = (whole(each, 2) for each in zip(*parts, strict=True))
+        del parts
+        x = x + self.self_attn(kv(q, k, v))
+        return whole([part + self.mlp(self.post_attention_layernorm(part)) for part in x.split(SLICE, 1)], 1)
 
 
 @torch.compiler.nested_compile_region
@@ -181,7 +189,7 @@ class Model(nn.Module):
         cos, sin = (t.to(x.dtype) for t in rotation(positions, inv_freq, self.cfg.mrope_section))
         for i, block in enumerate(self.layers):
             x = run_block(block, x, cos, sin, causal_attention if kv is None else kv[i])
-        return self.norm(x)
+        return whole([self.norm(part) for part in x.split(SLICE, 1)], 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         head = self.embed_tokens if self.lm_head is None else self.lm_head
