@@ -89,8 +89,15 @@ class Block(nn.Module):
         parts = [self.self_attn.project(self.input_layernorm(part), *angles) for part, *angles in slices]
         q, k, v = (whole(each, 2) for each in zip(*parts, strict=True))
         del parts
-        x = x + self.self_attn(kv(q, k, v))
-        return whole([part + self.mlp(self.post_attention_layernorm(part)) for part in x.split(SLICE, 1)], 1)
+        out = kv(q, k, v)
+        del q, k, v
+        slices = zip(x.split(SLICE, 1), out.split(SLICE, 2), strict=True)
+        return whole([self.behind_attention(*part) for part in slices], 1)
+
+    def behind_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """x (B, T, C), and what it attended to, out (B, Hq, T, D) -> (B, T, C)."""
+        x = x + self.self_attn(out)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @torch.compiler.nested_compile_region
