@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from hybridkv import Capacity, Engine, HybridCache, HybridConfig, Prefill, Sampling, hybrid_plan
+from hybridkv.cache.attention import why_uncompiled
 
 
 @dataclass
@@ -162,8 +163,8 @@ def main() -> None:
         (result,) = engine.generate([prompt], 64, Sampling(temperature=0.7))  # the same draws for both
         read = engine.stats.bytes.step / engine.stats.bytes.full
         show(policy, result.token_ids, read)
-    if torch.__version__ < "2.13":  # which alone compile it right on a CPU
-        print("its own step, compiled, takes torch 2.13")
+    if why := why_uncompiled(torch.device("cpu")):
+        print(f"its own step is left out: {why}")
         return
     show("its own step, greedy", with_a_step_of_its_own(model, prompt, config, 64), read)
 
